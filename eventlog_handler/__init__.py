@@ -1,0 +1,92 @@
+"""A durable, replayable record per session, from code that already calls `logging` or structlog.
+
+```
+logger.info(…)            structlog chain              await gateway(event)
+     │ EventLogHandler         │ EventLogProcessor            │ EventSessionLogger
+     └── record → event ───────┴── dict → event ──┐           │
+                 encoded once, on the caller: a snapshot       │
+                               │                               │
+                            hand-off                           │
+                               │  listener thread, batches     │
+                               └────────► EventSessionLogger ◄─┘
+                                             │ 1. session file (always first)
+                                             │ 2. downstream: callback, else transport(s)
+                                             ▼
+                       logs/sessions/{session_id}/{timestamp}.jsonl
+```
+
+Where to look, from the top; a module imports only from below it:
+
+- `handler.py`, `processor.py`, `factories.py`: the ways in.
+- `_listener.py`: the thread behind handler and processor, their shutdown and fork.
+- `session_logger.py`: the gateway. What it does for an event stands in `__call__`.
+- `_delivery.py`: the thread of the transports. `_lanes.py`: one downstream's queue and retries.
+- `_intake.py`: an event's fields → its snapshot. `_waiter.py`: waiting for the delivery thread.
+- `_files.py`: session files. `_handoff.py`: from the callers' threads to the listener's.
+- `_snapshot.py`: what was logged → an event's fields. `_encode.py`: any value → JSON.
+- `_paths.py`: ids and patterns → names. `_config.py`: every option. `redact.py`: processors.
+- `_context.py`, `_breaker.py`, `_lifecycle.py`, `_report.py`: session_context · breaker · exit and
+  fork · how failures are told.
+- `transports/`, `events.py`, `exceptions.py`, `typing.py`, `testing.py`.
+"""
+
+from eventlog_handler._context import session_context
+from eventlog_handler.events import SemiSessionEvent, SessionEvent
+from eventlog_handler.exceptions import (
+    EventSessionLoggerError,
+    LocalLoggingError,
+    SerializationError,
+    TransportConnectionError,
+    TransportError,
+    TransportTimeoutError,
+)
+from eventlog_handler.factories import (
+    create_backward_compatible,
+    create_from_environment,
+    create_logging_only,
+    create_session_logger,
+    create_with_callback,
+    create_with_transport,
+    migrate_from_session_logger,
+)
+from eventlog_handler.handler import EventLogHandler
+from eventlog_handler.processor import EventLogProcessor
+from eventlog_handler.redact import redact_keys, redact_patterns
+from eventlog_handler.session_logger import EventSessionLogger
+from eventlog_handler.transports.base import TransportInterface
+from eventlog_handler.transports.builtin import (
+    CallbackTransport,
+    LoggingTransport,
+    NullTransport,
+)
+from eventlog_handler.typing import Stats, TransportStats
+
+__all__ = [
+    "CallbackTransport",
+    "EventLogHandler",
+    "EventLogProcessor",
+    "EventSessionLogger",
+    "EventSessionLoggerError",
+    "LocalLoggingError",
+    "LoggingTransport",
+    "NullTransport",
+    "SemiSessionEvent",
+    "SerializationError",
+    "SessionEvent",
+    "Stats",
+    "TransportConnectionError",
+    "TransportError",
+    "TransportInterface",
+    "TransportStats",
+    "TransportTimeoutError",
+    "create_backward_compatible",
+    "create_from_environment",
+    "create_logging_only",
+    "create_session_logger",
+    "create_with_callback",
+    "create_with_transport",
+    "migrate_from_session_logger",
+    "redact_keys",
+    "redact_patterns",
+    "session_context",
+]

@@ -1,0 +1,139 @@
+"""What a call knows from where it is made: its session, and whether it is our own doing."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import structlog
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+_current: contextvars.ContextVar[tuple[str | None, Mapping[str, Any]]] = contextvars.ContextVar(
+    "eventlog_handler.session", default=(None, {})
+)
+
+delivering: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "eventlog_handler.delivering", default=False
+)
+"""True while a transport or callback runs for us: what it logs must not come back in as events."""
+
+_teed: dict[int, tuple[FrameType, Path]] = {}
+"""By thread: the structlog call whose event our processor has taken, and to which base."""
+
+
+def tee(frame: FrameType, base: Path) -> None:
+    """Remember that the event of the structlog call in `frame` goes to `base` already.
+
+    The frame keeps its callers' variables alive, so this is for calls whose record reaches a
+    handler at once: its look lets go of it.
+    """
+    _teed[threading.get_ident()] = (frame, base)
+
+
+def is_teed(base: Path) -> bool:
+    """Return whether this record comes out of a structlog call whose event `base` has."""
+    if not _teed:
+        return False
+    frame, taken_by = _teed.get(threading.get_ident(), (None, None))
+    found: FrameType | None = sys._getframe(1) if frame is not None else None
+    while found is not None and found is not frame:
+        found = found.f_back
+    if frame is not None and found is None:
+        # A later processor or a filter stopped that call's record.
+        del _teed[threading.get_ident()]
+    return found is not None and taken_by == base
+
+
+captures: list[Callable[[bytes], None]] = []
+"""While not empty, each gets every event's JSON object, and nothing is written or sent."""
+
+
+class session_context:  # noqa: N801 - reads as a function, like `contextlib.suppress`
+    """Bind a session to everything that is logged inside.
+
+    Use it as `with`, as `async with`, or as a decorator of a function or coroutine function.
+    Tasks and `asyncio.to_thread` started inside inherit it; plain threads do not. The innermost
+    wins; its fields are added to those of the outer ones.
+
+    Args:
+        session_id: The session. Any value; it is taken as `str(session_id)`.
+        **fields: Added to each event, unless the event has a field of that name itself.
+    """
+
+    def __init__(self, session_id: Any, /, **fields: Any) -> None:
+        self._session_id = str(session_id)
+        self._fields = fields
+        self._tokens: list[contextvars.Token[tuple[str | None, Mapping[str, Any]]]] = []
+
+    def __enter__(self) -> session_context:
+        """Bind; returns itself."""
+        merged = {**_current.get()[1], **self._fields}
+        self._tokens.append(_current.set((self._session_id, merged)))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Put back what was bound before."""
+        try:
+            _current.reset(self._tokens.pop())
+        except ValueError:
+            # Another context closes it: an async generator's, which some frameworks run their
+            # dependencies in. What was bound went with the context that it was bound in.
+            return
+
+    async def __aenter__(self) -> session_context:
+        """Bind; returns itself."""
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Put back what was bound before."""
+        self.__exit__(*exc_info)
+
+    def __call__(self, function: F) -> F:
+        """Bind around each call of `function`."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"session_context cannot decorate the generator {function.__qualname__}: its "
+                "binding would leak to the consumer; use `with session_context(…)` inside it"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def bound_async(*args: Any, **kwargs: Any) -> Any:
+                with session_context(self._session_id, **self._fields):
+                    return await function(*args, **kwargs)
+
+            return cast("F", bound_async)
+
+        @functools.wraps(function)
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            with session_context(self._session_id, **self._fields):
+                return function(*args, **kwargs)
+
+        return cast("F", bound)
+
+
+def bound_session(field: str) -> str | None:
+    """Return the session of `session_context`, else of structlog's contextvars, else None.
+
+    Args:
+        field: The name that structlog's users bind the session under.
+    """
+    session_id = _current.get()[0]
+    if session_id is not None:
+        return session_id
+    found = structlog.contextvars.get_contextvars().get(field)
+    return None if found is None else str(found)
+
+
+def bound_fields() -> Mapping[str, Any]:
+    """Return the fields of `session_context`."""
+    return _current.get()[1]

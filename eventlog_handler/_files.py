@@ -1,0 +1,290 @@
+"""Session files: one a session and writer, opened lazily and safely, never torn by an error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import orjson
+
+from eventlog_handler._paths import SessionPaths
+from eventlog_handler._snapshot import as_record
+from eventlog_handler.typing import EncodedEvent, LineFormatter, OutgoingEvent
+
+LARGEST_WRITE = 256 * 1024
+"""Bytes in one `write`; a process killed in mid-write tore lines of 8 MB, never of 1 MB."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# Without O_NONBLOCK a planted FIFO would hold the open for ever; regular files do not mind it.
+_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class Layout:
+    """How lines make a file: `opening`, then lines joined by `separator`, then `closing`.
+
+    Args:
+        log_format: `jsonl`, `json` or `custom`.
+        formatter: For `custom`: a callable, or a `logging.Formatter`.
+        failed: Called with what a formatter raised; the JSON line is written instead.
+    """
+
+    def __init__(
+        self,
+        log_format: str,
+        formatter: LineFormatter | None = None,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        array = log_format == "json"
+        self.opening, self.separator, self.closing = (
+            (b"[\n", b",\n", b"\n]\n") if array else (b"",) * 3
+        )
+        self.ending = b"" if array else b"\n"
+        # An array is closed again by each write, which therefore begins before the old end.
+        self.flags = 0 if array else os.O_APPEND
+        render = getattr(formatter, "format", None)
+        self._format = (lambda line: render(as_record(line))) if render is not None else formatter
+        self._failed = failed
+
+    def text(self, line: bytes) -> bytes:
+        """Return what stands in the file for one line of JSON."""
+        if self._format is None:
+            return line + self.ending
+        try:
+            made = self._format(orjson.loads(line))
+            text = made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace")
+        except Exception as error:
+            if self._failed is not None:
+                self._failed(error)
+            text = line
+        return text if text.endswith(self.ending) else text + self.ending
+
+
+class _File:
+    """What is remembered of a session's file; its descriptor may be closed and opened again."""
+
+    __slots__ = ("fd", "name", "seq", "size")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fd = -1
+        self.seq = 0
+        self.size = 0
+
+
+class SessionFiles:
+    """All the files that one gateway writes. Every method may be called from any thread.
+
+    Args:
+        paths: Where sessions live.
+        layout: How lines make a file.
+        max_open_files: Descriptors held at once; the least recently used is closed.
+        file_mode: Permission bits of new files.
+        directory_mode: Permission bits of new directories.
+    """
+
+    def __init__(
+        self,
+        paths: SessionPaths,
+        layout: Layout,
+        *,
+        max_open_files: int,
+        file_mode: int,
+        directory_mode: int,
+    ) -> None:
+        self._paths = paths
+        self._layout = layout
+        self._max_open = max_open_files
+        self._file_mode = file_mode
+        self._directory_mode = directory_mode
+        self._known: dict[str | None, _File] = {}
+        self._open: OrderedDict[str | None, _File] = OrderedDict()
+        self._lock = threading.Lock()
+        self.written = 0
+        self.bytes = 0
+
+    def directory(self, session_id: str | None) -> Path:
+        """Return a session's directory, whether or not it exists yet."""
+        return self._paths.base.joinpath(*self._paths.directory(session_id))
+
+    def path(self, session_id: str | None) -> Path:
+        """Return a session's file: the one that is written, or that will be with the next event."""
+        with self._lock:
+            return self.directory(session_id) / self._file(session_id).name
+
+    def append(
+        self,
+        session_id: str | None,
+        events: Sequence[EncodedEvent],
+        then: Callable[[list[OutgoingEvent]], object],
+    ) -> int:
+        """Write the first of `events`, as many as go into one write; call again for the rest.
+
+        Args:
+            session_id: Whose file; None is the unknown session's.
+            events: At least one.
+            then: Called with what was written, before anybody else can write: what it hands on
+                keeps the order of the files, whichever threads write.
+
+        Returns:
+            How many were written, at least one.
+
+        Raises:
+            OSError: Nothing was written; the file ends with the last whole line.
+        """
+        with self._lock:
+            file = self._opened(session_id)
+            data, outgoing = self._chunk(file, session_id, events)
+            self._write(session_id, file, data)
+            if os.fstat(file.fd).st_nlink == 0:
+                # Somebody deleted the file under our feet. Asking after the write instead of
+                # before leaves no gap between the two.
+                self._forget(session_id)
+                file = self._opened(session_id)
+                data, outgoing = self._chunk(file, session_id, events)
+                self._write(session_id, file, data)
+            file.seq += len(outgoing)
+            self.written += len(outgoing)
+            self.bytes += len(data)
+            then(outgoing)
+            return len(outgoing)
+
+    def _chunk(
+        self, file: _File, session_id: str | None, events: Sequence[EncodedEvent]
+    ) -> tuple[bytes, list[OutgoingEvent]]:
+        name = self._paths.unknown if session_id is None else session_id
+        texts: list[bytes] = []
+        outgoing: list[OutgoingEvent] = []
+        total = 0
+        for seq, event in enumerate(events, file.seq + 1):
+            line = event.line(seq)
+            text = self._layout.text(line)
+            total += len(text)
+            if texts and total > LARGEST_WRITE:
+                break
+            texts.append(text)
+            outgoing.append(OutgoingEvent(line, event.id, name, event.type, event.timestamp))
+        layout = self._layout
+        before = layout.separator if file.size else layout.opening
+        return before + layout.separator.join(texts) + layout.closing, outgoing
+
+    def _write(self, session_id: str | None, file: _File, data: bytes) -> None:
+        start = max(0, file.size - len(self._layout.closing))
+        try:
+            if not self._layout.flags & os.O_APPEND:
+                os.lseek(file.fd, start, os.SEEK_SET)
+            rest = memoryview(data)
+            while rest:
+                # A full disk shows as a short write first, and as ENOSPC after.
+                rest = rest[os.write(file.fd, rest) :]
+        except BaseException:
+            self._undo(session_id, file, start)
+            raise
+        file.size = start + len(data)
+
+    def _undo(self, session_id: str | None, file: _File, start: int) -> None:
+        """Take back what a failed write left; if even that fails, leave the file for a new one."""
+        try:
+            os.ftruncate(file.fd, start)
+            if file.size > start:
+                os.pwrite(file.fd, self._layout.closing, start)
+        except OSError:
+            self._forget(session_id)
+
+    def _file(self, session_id: str | None) -> _File:
+        """Return what is known of a session's file; its name is chosen at the first question."""
+        file = self._known.get(session_id)
+        if file is None:
+            file = self._known[session_id] = _File(
+                self._paths.file_name(datetime.now(timezone.utc))
+            )
+        return file
+
+    def _opened(self, session_id: str | None) -> _File:
+        file = self._file(session_id)
+        if file.fd >= 0:
+            self._open.move_to_end(session_id)
+            return file
+        try:
+            self._attach(session_id, file)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                raise
+            # The process is short of descriptors: ours are the ones that we can give back.
+            self._close_oldest(len(self._open) // 2)
+            self._attach(session_id, file)
+        self._close_oldest(self._max_open - 1)
+        self._open[session_id] = file
+        return file
+
+    def _attach(self, session_id: str | None, file: _File) -> None:
+        with self._directory(session_id) as directory:
+            if file.size:
+                try:
+                    file.fd = os.open(file.name, _FILE | self._layout.flags, dir_fd=directory)
+                    file.size = os.fstat(file.fd).st_size
+                    return
+                except FileNotFoundError:
+                    file.seq = file.size = 0
+            now, taken = datetime.now(timezone.utc), 0
+            while file.fd < 0:
+                flags = _FILE | self._layout.flags | os.O_CREAT | os.O_EXCL
+                try:
+                    file.fd = os.open(file.name, flags, self._file_mode, dir_fd=directory)
+                except FileExistsError:
+                    file.name = self._paths.file_name(now, taken)
+                    taken += 1
+
+    @contextlib.contextmanager
+    def _directory(self, session_id: str | None) -> Iterator[int]:
+        """Open a session's directory, made where it is missing.
+
+        Level by level: `O_NOFOLLOW` on a whole path would still follow a link planted in its
+        middle. The base itself may be a link, it is the operator's own.
+        """
+        base, levels = self._paths.base, self._paths.directory(session_id)
+        os.makedirs(base, self._directory_mode, exist_ok=True)
+        fd = os.open(base, _DIRECTORY)
+        try:
+            for level in levels:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(level, self._directory_mode, dir_fd=fd)
+                inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _forget(self, session_id: str | None) -> None:
+        """Give a file up: the session's next event begins a new one."""
+        file = self._known.pop(session_id)
+        self._open.pop(session_id, None)
+        _close(file)
+
+    def _close_oldest(self, keep: int) -> None:
+        while len(self._open) > keep:
+            _close(self._open.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Close every descriptor. A later `append` opens its file again."""
+        with self._lock:
+            self._close_oldest(0)
+
+    def forked(self) -> None:
+        """In a child: the parent's files are the parent's; begin new ones, write none of them."""
+        self._lock = threading.Lock()
+        self._close_oldest(0)
+        self._known.clear()
+
+
+def _close(file: _File) -> None:
+    # A failed close says that the disk lost what an earlier write took; Linux frees the descriptor
+    # all the same, and closing twice could hit another's.
+    with contextlib.suppress(OSError):
+        os.close(file.fd)
+    file.fd = -1

@@ -1,0 +1,68 @@
+"""What has to end before the interpreter does, and what a forked child must not inherit."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import time
+import weakref
+from typing import Protocol
+
+
+class Owner(Protocol):
+    """Something that owns threads, descriptors or locks."""
+
+    @property
+    def shutdown_timeout_seconds(self) -> float:
+        """What it may take to end."""
+
+    def at_exit(self, deadline: float) -> None:
+        """Finish what is waiting, until `deadline` on the monotonic clock."""
+
+    def after_fork_in_child(self) -> None:
+        """Forget the parent's threads, locks and descriptors."""
+
+
+_owners: dict[int, tuple[int, weakref.ref[Owner]]] = {}
+_keys = itertools.count()
+
+
+def register(owner: Owner, rank: int) -> None:
+    """Have `owner` ended at exit and reset after a fork; it is not kept alive.
+
+    Args:
+        owner: Called on the exiting, or forking, thread.
+        rank: Higher ones first: those above hand over to those below.
+    """
+    key = next(_keys)
+    _owners[key] = (rank, weakref.ref(owner, lambda _: _owners.pop(key, None)))
+
+
+def _living() -> list[Owner]:
+    # A copy first, in one step under the interpreter's lock: the dict may change meanwhile.
+    # The sort keeps the order of registration within a rank.
+    entries = list(_owners.values())
+    entries.sort(key=lambda entry: -entry[0])
+    return [owner for _, ref in entries if (owner := ref()) is not None]
+
+
+def end_all() -> None:
+    """End every owner within one budget: the largest that any of them has."""
+    owners = _living()
+    longest = max((owner.shutdown_timeout_seconds for owner in owners), default=0.0)
+    deadline = time.monotonic() + longest
+    for owner in owners:
+        owner.at_exit(deadline)
+
+
+def reset_all() -> None:
+    """Reset every owner in a forked child."""
+    for owner in _living():
+        owner.after_fork_in_child()
+
+
+# Registered after logging's own hook, as that module was imported first: so it runs before
+# `logging.shutdown` closes our handlers.
+atexit.register(end_all)
+os.register_at_fork(after_in_child=reset_all)

@@ -1,0 +1,190 @@
+"""What was logged (a record, a structlog event dict, any object) as the fields of an event."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from eventlog_handler._encode import as_text, object_fields, public_attributes
+from eventlog_handler.typing import EventFields
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {
+    # Set later by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`.
+    "message",
+    "asctime",
+    "taskName",
+    "_logger",
+    "_name",
+    "_record",
+    "_from_structlog",
+}
+_OURS = ("level", "logger", "message", "exception", "stack_info")
+
+
+def record_fields(record: logging.LogRecord) -> EventFields:
+    """Return a record's event: type, level, logger, message, its extras, its exception.
+
+    A message that is itself a mapping, model, dataclass or attrs object is the event, and gets
+    the rest where it has no such field.
+    """
+    extras = {k: v for k, v in record.__dict__.items() if k not in _STANDARD}
+    kind = extras.pop("event_type", None) or extras.pop("type", None)
+    message = record.msg
+    content = None if isinstance(message, str) else object_fields(message)
+    if content is None:
+        fields: EventFields = {"type": kind or "log", "session_id": None}
+        fields |= {"level": record.levelname, "logger": record.name}
+        fields["message"] = _message(record)
+    elif "_name" in record.__dict__:
+        fields = structlog_fields(content, record.__dict__["_name"], record.name)
+    else:
+        fields = dict(content)
+        fields["type"] = kind or fields.get("type") or "log"
+        fields.setdefault("level", record.levelname)
+        fields.setdefault("logger", record.name)
+    _add_extras(fields, extras)
+    _add_exception(fields, record)
+    return fields
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception as error:
+        # Arguments that do not fit their format string: logging's own handlers lose the record.
+        return f"{as_text(record.msg)} {as_text(record.args)} <{type(error).__name__}: {error}>"
+
+
+def _add_extras(fields: EventFields, extras: Mapping[str, Any]) -> None:
+    for name, value in extras.items():
+        if name not in _OURS or fields.get(name) is None:
+            fields[name] = value
+        elif str(value).lower() != str(fields[name]).lower():
+            fields[f"{name}_"] = value
+
+
+def _add_exception(fields: EventFields, record: logging.LogRecord) -> None:
+    if record.exc_info:
+        fields["exception"] = _exception(record.exc_info)
+    elif record.exc_text:
+        # The record crossed a queue or a socket: only the text is left.
+        fields["exception"] = {"type": None, "message": None, "traceback": record.exc_text}
+    if record.stack_info:
+        fields["stack_info"] = record.stack_info
+
+
+def structlog_fields(event_dict: Mapping[str, Any], method: str, logger: str | None) -> EventFields:
+    """Return a structlog event dict's event: its `event` key is the message, the rest stays.
+
+    Args:
+        event_dict: As a processor gets it; it is not changed.
+        method: The name of the method that was called, such as `"info"`.
+        logger: The name of the wrapped logger, where it has one.
+    """
+    fields: EventFields = {"type": "log", "session_id": None}
+    fields["level"] = {"exception": "error", "warn": "warning", "msg": "info"}.get(method, method)
+    if logger is not None:
+        fields["logger"] = logger
+    fields["message"] = event_dict.get("event")
+    fields |= {k: v for k, v in event_dict.items() if k not in _STRUCTLOG_ONLY}
+    kind = fields.pop("event_type", None)
+    if kind is not None:
+        fields["type"] = kind
+    raised = _raised(event_dict.get("exc_info"))
+    if raised is not None:
+        fields["exception"] = _exception(raised)
+    return fields
+
+
+_STRUCTLOG_ONLY = {"event", "exc_info", "_record", "_from_structlog", "_logger", "_name"}
+
+
+def _raised(exc_info: Any) -> ExcInfo | None:
+    """Return the exception that structlog's `exc_info` key stands for, as structlog reads it."""
+    if isinstance(exc_info, BaseException):
+        return type(exc_info), exc_info, exc_info.__traceback__
+    if isinstance(exc_info, tuple) and len(exc_info) == 3 and exc_info[1] is not None:
+        return exc_info
+    current = sys.exc_info()
+    return current if exc_info and current[1] is not None else None
+
+
+def _exception(exc_info: Any) -> Mapping[str, Any] | None:
+    kind, value, trace = exc_info
+    if kind is None:
+        # `exc_info=True` where nothing was being handled: there is no exception to tell of.
+        return None
+    try:
+        text = "".join(traceback.format_exception(kind, value, trace)).rstrip("\n")
+    except Exception as error:
+        text = f"<{type(error).__name__} while the traceback was formatted>"
+    return {"type": kind.__qualname__, "message": as_text(value), "traceback": text}
+
+
+def json_object(text: str | bytes) -> EventFields | None:
+    """Return the object that `text` is in JSON, or None where it is something else."""
+    if text[:64].lstrip()[:1] not in ("{", b"{"):
+        return None
+    try:
+        loaded: EventFields = orjson.loads(text)
+    except ValueError:
+        return None
+    return loaded
+
+
+def event_fields(event: Any) -> EventFields:
+    """Return the fields of anything that was given to `await gateway(event)`.
+
+    Mappings, pydantic models, dataclasses, attrs objects and JSON objects keep their fields; other
+    objects their public attributes, with the class's name as `type` if they have none; all else
+    becomes the message of an event of type `message`.
+    """
+    found = object_fields(event)
+    if found is not None:
+        fields = dict(found)
+        if not isinstance(event, Mapping):
+            fields.setdefault("type", type(event).__name__)
+        return fields
+    if isinstance(event, (str, bytes)):
+        return json_object(event) or {"type": "message", "message": event}
+    if isinstance(event, BaseException):
+        return {
+            "type": "exception",
+            "exception": _exception((type(event), event, event.__traceback__)),
+        }
+    attributes = None if isinstance(event, type) or callable(event) else public_attributes(event)
+    if attributes:
+        return {"type": type(event).__name__, **attributes}
+    return {"type": "message", "message": event}
+
+
+def as_record(line: EventFields) -> logging.LogRecord:
+    """Return a log record that says what a session file's line says, for a `logging.Formatter`."""
+    event = dict(line["event"])
+    level = str(event.get("level", "INFO")).upper()
+    exception = event.get("exception")
+    known = {
+        "name": event.get("logger") or "root",
+        "msg": event.get("message", event),
+        "levelname": level,
+        "levelno": _LEVELS.get(level, logging.INFO),
+        "exc_text": exception.get("traceback") if isinstance(exception, dict) else None,
+        "stack_info": event.get("stack_info"),
+    }
+    record = logging.makeLogRecord({k: v for k, v in event.items() if k not in _STANDARD})
+    created = datetime.fromisoformat(line["timestamp"]).timestamp()
+    record.__dict__.update(known, created=created, msecs=int(created % 1 * 1000))
+    record.__dict__.update(event_id=line["id"], seq=line["seq"])
+    return record
+
+
+_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}

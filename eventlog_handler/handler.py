@@ -1,0 +1,121 @@
+"""The `logging.Handler`: any record becomes an event of its session."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from eventlog_handler._context import delivering, is_teed
+from eventlog_handler._listener import Feed
+from eventlog_handler._snapshot import json_object, record_fields
+from eventlog_handler.session_logger import EventSessionLogger
+from eventlog_handler.typing import EventFields, Stats
+
+OWN_LOGGER = "eventlog_handler"
+
+
+class EventLogHandler(logging.Handler):
+    """Hands each record off as an event; nothing is written on the caller's thread.
+
+    It needs no call but the one that configures it: its thread starts with it, comes back if it
+    dies, and what is waiting is written at exit. `logger.info` never raises because of it.
+
+    A formatter that makes JSON objects (`python-json-logger`, structlog's `ProcessorFormatter`)
+    decides the event's fields; any other has no say, except with `log_format="custom"`, where it
+    makes the file's lines.
+
+    Args:
+        level: As for every handler.
+        gateway: A gateway to share; its options are its own then.
+        **options: All options of `EventSessionLogger`, and those of the hand-off.
+            `durability`: `memory`, what waits is lost with a killed process. `overflow`: `block` or
+            `drop`, when the hand-off is full. `block_timeout_seconds`: the longest that a call is
+            blocked then, after which its event is dropped and counted. `handoff_capacity`: events
+            that may wait. `missing_session`: `unknown` puts events without a session into a
+            directory of their own, `ignore` leaves them out and counts them.
+
+    Raises:
+        TypeError: An unknown option, naming the nearest one; or a value of a wrong kind.
+        ValueError: A value that cannot be, naming option (or variable) and value.
+    """
+
+    def __init__(
+        self,
+        level: int | str = logging.NOTSET,
+        *,
+        gateway: EventSessionLogger | None = None,
+        **options: Any,
+    ) -> None:
+        self._custom = gateway is None and options.get("log_format") == "custom"
+        if self._custom:
+            # `dictConfig` takes the key `formatter` for itself, and sets it after this.
+            options.setdefault(
+                "formatter", logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+            )
+        self._feed = Feed(gateway, options)
+        # Last, as it lists the handler for `logging.shutdown`: options may be refused before.
+        super().__init__(level)
+        self.gateway = self._feed.gateway
+        """The gateway that writes and forwards, for `get_log_file_path` and the like."""
+
+    def setFormatter(self, fmt: logging.Formatter | None) -> None:
+        """Set what decides the event's fields, or the lines of a custom file."""
+        if self._custom and fmt is not None:
+            self.gateway._update(formatter=fmt)
+        else:
+            super().setFormatter(fmt)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Filter and emit, without the lock of `logging.Handler`: the hand-off needs none."""
+        kept = self.filter(record)
+        if isinstance(kept, logging.LogRecord):
+            # From 3.12 on a filter may put another record in the place of the first.
+            record = kept
+        if kept:
+            self.emit(record)
+        return bool(kept)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Snapshot the record and hand it off."""
+        base = self.gateway._settings.log_base_dir
+        if delivering.get() or record.name.startswith(OWN_LOGGER) or is_teed(base):
+            return
+        try:
+            fields, decided = self._fields(record)
+            session_id = getattr(record, self.gateway._settings.session_id_field, None)
+            self._feed.put(fields, record.created, session_id, complete=not decided)
+        except Exception as error:
+            self.gateway._report.local(error, "emit")
+            self.gateway._report.drop("internal_error")
+
+    def _fields(self, record: logging.LogRecord) -> tuple[EventFields, bool]:
+        """Return the event's fields, and whether a formatter has decided which they are."""
+        # The plain class makes no JSON, and `basicConfig` sets one where there is none.
+        if self.formatter is not None and type(self.formatter) is not logging.Formatter:
+            try:
+                fields = json_object(self.formatter.format(record))
+                if fields is not None:
+                    return fields, True
+            except Exception as error:
+                # A value that the formatter's encoder refuses; ours refuses none.
+                self.gateway._report.local(error, "formatter")
+        return record_fields(record), False
+
+    def flush(self) -> None:
+        """Wait until all events handed off so far are in their files, or the budget is used up."""
+        self._feed.flush()
+
+    def stats(self) -> Stats:
+        """Return the gateway's figures."""
+        return self.gateway.stats()
+
+    def close(self) -> None:
+        """Write what is left and end, within `shutdown_timeout_seconds` and half a second.
+
+        A later record is counted as dropped; but if it is `logging` that shuts down (at exit, or
+        in a second `dictConfig`), other code does not know that yet and its records are written.
+        """
+        late = sys._getframe(1).f_code is logging.shutdown.__code__
+        self._feed.close(late)
+        super().close()

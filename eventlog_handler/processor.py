@@ -1,0 +1,110 @@
+"""The structlog processor: any event dict becomes an event of its session."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import structlog
+
+from eventlog_handler._context import delivering, tee
+from eventlog_handler._listener import Feed
+from eventlog_handler._snapshot import structlog_fields
+from eventlog_handler.session_logger import EventSessionLogger
+from eventlog_handler.typing import Stats
+
+
+class EventLogProcessor:
+    """Hands each event dict off as an event, and passes it on unchanged.
+
+    It belongs behind what adds to the event dict (`merge_contextvars`, `add_log_level`) and before
+    what renders it; exceptions are best left to it (`exc_info`), which keeps their structure.
+
+    If the chain goes on into standard logging, and from there into an `EventLogHandler` with the
+    same base directory, the handler leaves out what the processor has taken.
+
+    Args:
+        passthrough: False ends the chain here: nothing reaches the wrapped logger.
+        gateway: A gateway to share, with a handler for example; its options are its own then.
+        **options: As for `EventLogHandler`.
+
+    Raises:
+        TypeError: An unknown option, naming the nearest one; or a value of a wrong kind.
+        ValueError: A value that cannot be, naming option (or variable) and value.
+    """
+
+    def __init__(
+        self,
+        passthrough: bool = True,
+        *,
+        gateway: EventSessionLogger | None = None,
+        **options: Any,
+    ) -> None:
+        self._passthrough = passthrough
+        self._feed = Feed(gateway, options)
+        self.gateway = self._feed.gateway
+        """The gateway that writes and forwards, for `get_log_file_path` and the like."""
+
+    def __call__(
+        self, logger: Any, method_name: str, event_dict: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        """Snapshot the event dict, hand it off, and return it.
+
+        Args:
+            logger: The wrapped logger.
+            method_name: The method that was called on it.
+            event_dict: Not changed.
+
+        Raises:
+            structlog.DropEvent: `passthrough` is False.
+        """
+        if not delivering.get():
+            try:
+                name = getattr(logger, "name", None)
+                fields = structlog_fields(event_dict, method_name, name)
+                self._feed.put(fields, time.time())
+                if self._passthrough and self._comes_back(logger, method_name):
+                    # The caller of the chain, which will call the logger when the chain is done.
+                    tee(sys._getframe(2), self.gateway._settings.log_base_dir)
+            except Exception as error:
+                self.gateway._report.local(error, "processor")
+                self.gateway._report.drop("internal_error")
+        if not self._passthrough:
+            raise structlog.DropEvent
+        return event_dict
+
+    def _comes_back(self, logger: Any, method_name: str) -> bool:
+        """Whether this event will reach a handler of ours with the same base directory."""
+        level = getattr(logging, method_name.upper(), logging.ERROR)
+        if not isinstance(logger, logging.Logger) or not logger.isEnabledFor(level):
+            return False
+        base = self.gateway._settings.log_base_dir
+        found: logging.Logger | None = logger
+        while found is not None:
+            for handler in found.handlers:
+                gateway = getattr(handler, "gateway", None)
+                if getattr(gateway, "log_base_dir", None) == base:
+                    return True
+            found = found.parent if found.propagate else None
+        return False
+
+    def flush(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until all events handed off so far are in their files.
+
+        Args:
+            timeout_seconds: At most this long; the shutdown budget unless given.
+
+        Returns:
+            Whether they are.
+        """
+        return self._feed.flush(timeout_seconds)
+
+    def stats(self) -> Stats:
+        """Return the gateway's figures."""
+        return self.gateway.stats()
+
+    def close(self) -> None:
+        """Write what is left and end; a later event is counted as dropped, and passed on."""
+        self._feed.close(late=False)
