@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import time
 import weakref
 from typing import Protocol
@@ -60,9 +61,27 @@ def reset_all() -> None:
     """Reset every owner in a forked child."""
     for owner in _living():
         owner.after_fork_in_child()
+    _hook_multiprocessing()
+
+
+def _hook_multiprocessing() -> None:
+    """Have `end_all` called in children of `multiprocessing`, which skip the exit hooks.
+
+    Such a child first forgets the finalizers of its parent, then runs its after-fork hooks, so the
+    one has to be registered by the other.
+    """
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.register_after_fork(end_all, _end_with_multiprocessing)
+
+
+def _end_with_multiprocessing(_: object) -> None:
+    # A low priority: behind what the application itself finalizes, which may log.
+    sys.modules["multiprocessing.util"].Finalize(None, end_all, exitpriority=-100)
 
 
 # Registered after logging's own hook, as that module was imported first: so it runs before
 # `logging.shutdown` closes our handlers.
 atexit.register(end_all)
 os.register_at_fork(after_in_child=reset_all)
+_hook_multiprocessing()

@@ -93,8 +93,9 @@ class Listener:
                 self.drain_here(time.monotonic() + self.shutdown_timeout_seconds)
                 return
             self._running = True
-            self._thread = threading.Thread(target=self._run, name="eventlog-listener", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="eventlog-listener", daemon=True)
+            thread.start()
+            self._thread = thread
         except RuntimeError:
             # From 3.12 on no thread starts once the interpreter is about to end.
             self._running = False
@@ -106,12 +107,17 @@ class Listener:
         try:
             with self._consuming:
                 while not self._finished():
-                    self._step(RETRY_SECONDS if self._failing else IDLE_SECONDS)
+                    self._step(self._pause_seconds())
         finally:
             self._running = False
         if self._handoff.depth:
             # Put between the last look and the flag.
             self.start()
+
+    def _pause_seconds(self) -> float:
+        if self.gateway._report.untold:
+            return 0.0
+        return RETRY_SECONDS if self._failing else IDLE_SECONDS
 
     def _finished(self) -> bool:
         return self._ending and (self.depth == 0 or time.monotonic() >= self._deadline)
@@ -122,7 +128,7 @@ class Listener:
             return
         try:
             while self.depth and (not self._failing or time.monotonic() < deadline):
-                self._step(0.0)
+                self._step(RETRY_SECONDS if self._failing else 0.0)
         finally:
             self._consuming.release()
 
@@ -131,11 +137,11 @@ class Listener:
         marker = None
         if self.kept < self._capacity:
             events, marker = self._handoff.take(BATCH, timeout_seconds)
+            self._tell_losses()
             for event in events:
                 self._kept.setdefault(event.session_id, []).append(event)
-        elif timeout_seconds:
+        else:
             time.sleep(timeout_seconds)
-        self._tell_losses()
         self._failing = False
         for session_id in list(self._kept):
             self._write(session_id, self._kept[session_id])
@@ -218,14 +224,16 @@ class Listener:
         self._handoff.put_marker(lambda: None)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
+            # It may be in the pause before its last try.
+            thread.join(max(0.0, deadline - time.monotonic()) + RETRY_SECONDS)
         self.drain_here(deadline)
         if self._running:
             # Stuck in a write that does not return: its batch is its own.
             return
         for events in list(self._kept.values()):
-            for event in events:
-                self.gateway._report.drop_untold("unwritable", event.session_id)
+            for _ in events:
+                # No line tells of these: it could not be written either.
+                self.gateway._report.drop("unwritable")
         self._kept.clear()
 
     @property

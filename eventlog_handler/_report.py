@@ -60,6 +60,11 @@ class Report:
             self.dropped[reason] += 1
             self._untold[session_id, reason] += 1
 
+    @property
+    def untold(self) -> bool:
+        """Whether there are losses that no file tells of yet."""
+        return bool(self._untold)
+
     def take_untold(self) -> dict[tuple[str | None, str], int]:
         """Return the losses that no file tells of yet, by session and reason, and forget them."""
         with self._lock:

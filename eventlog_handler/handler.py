@@ -78,16 +78,21 @@ class EventLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Snapshot the record and hand it off."""
-        base = self.gateway._settings.log_base_dir
-        if delivering.get() or record.name.startswith(OWN_LOGGER) or is_teed(base):
-            return
         try:
+            if delivering.get() or self._is_ours(record):
+                return
             fields, decided = self._fields(record)
             session_id = getattr(record, self.gateway._settings.session_id_field, None)
             self._feed.put(fields, record.created, session_id, complete=not decided)
         except Exception as error:
             self.gateway._report.local(error, "emit")
             self.gateway._report.drop("internal_error")
+
+    def _is_ours(self, record: logging.LogRecord) -> bool:
+        """Whether it speaks of us, or is an event that our processor has taken already."""
+        # A record that was made by hand may have no name.
+        speaks_of_us = str(record.name).startswith(OWN_LOGGER)
+        return speaks_of_us or is_teed(self.gateway._settings.log_base_dir)
 
     def _fields(self, record: logging.LogRecord) -> tuple[EventFields, bool]:
         """Return the event's fields, and whether a formatter has decided which they are."""

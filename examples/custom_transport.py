@@ -1,0 +1,75 @@
+"""A transport of your own: here a TCP connection that takes one line an event."""
+
+import asyncio
+import json
+from typing import Any
+
+from eventlog_handler import (
+    TransportConnectionError,
+    TransportInterface,
+    create_with_transport,
+)
+
+
+class LineTransport(TransportInterface):
+    """Sends each line to a TCP server and waits for its `ok`."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = host, port
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def send(self, event: Any, metadata: dict[str, Any] | None = None) -> bool:
+        """Return True once the server has said that it has the line."""
+        try:
+            if self._writer is None or self._reader is None:
+                # Here and not in the constructor: this is the loop that transports run on.
+                self._reader, self._writer = await asyncio.open_connection(*self._address)
+            self._writer.write(event + b"\n")
+            await self._writer.drain()
+            return await self._reader.readline() == b"ok\n"
+        except OSError as error:
+            await self.close()
+            raise TransportConnectionError(str(error)) from error
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._writer is not None:
+            self._writer.close()
+        self._reader = self._writer = None
+
+    async def health_check(self) -> bool:
+        """Return whether the server accepts connections."""
+        try:
+            _, writer = await asyncio.open_connection(*self._address)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a connection is open."""
+        return self._writer is not None
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Acknowledge each line."""
+    while line := await reader.readline():
+        print("received:", json.loads(line)["event"])
+        writer.write(b"ok\n")
+    writer.close()
+
+
+async def main() -> None:
+    """Send three events to a server in this process."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with create_with_transport(LineTransport("127.0.0.1", port)) as gateway:
+        for number in range(3):
+            await gateway({"type": "step", "session_id": "chat-42", "number": number})
+    print(gateway.stats().transports["LineTransport"].sent, "events sent")
+    server.close()
+
+
+asyncio.run(main())

@@ -1,0 +1,39 @@
+"""Set up an environment of its own and pass all tests: `python3 tests/run.py [pytest arguments]`.
+
+Needs Python 3.10 or later and nothing else. What it installs goes to `.venv-test` in this checkout.
+"""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit code of the first step that fails, or 0."""
+    folder = ROOT / ".venv-test"
+    python = str(folder / "bin" / "python")
+    if not Path(python).exists():
+        venv.create(folder, with_pip=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    steps = [
+        [*pip, "--editable", f"{ROOT}[test]"],
+        [python, "-m", "ruff", "check"],
+        [python, "-m", "ruff", "format", "--check"],
+        [python, "-m", "mypy"],
+        [python, "-m", "coverage", "run", "-m", "pytest", *arguments],
+    ]
+    if not arguments:
+        steps.append([python, "-m", "coverage", "report", "--fail-under=100"])
+    for step in steps:
+        print("+", " ".join(step[1:]), flush=True)
+        code = subprocess.run(step, cwd=ROOT).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
