@@ -34,7 +34,7 @@ class Breaker:
         return False
 
     def seconds_to_probe(self, now: float) -> float:
-        """Return how long to wait until `allow` can say yes again, 0 if it does already."""
+        """Return how long the pause until the probe still lasts, 0 if it is over."""
         return 0.0 if self.state == CLOSED else max(0.0, self._retry_at - now)
 
     def succeeded(self) -> None:

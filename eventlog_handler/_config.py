@@ -62,14 +62,12 @@ def _number(convert: Callable[[Any], T], least: float, what: str) -> Callable[[s
         try:
             number: Any = convert(value)
         except (TypeError, ValueError, OverflowError):
-            number = None
-        if (
-            number is None
-            or isinstance(value, bool)
-            or (isinstance(value, float) and number != value)
-        ):
+            number = math.nan
+        # Neither True for 1, nor 2.5 for 2, nor NaN, which differs from itself.
+        same = number == number and not (isinstance(value, float) and number != value)
+        if not same or isinstance(value, bool):
             raise ValueError(f"{name}={value!r} is not {what}")
-        if number < least or math.isinf(number):
+        if number < least or number == math.inf:
             raise ValueError(f"{name}={value!r} is out of range: write {what} from {least} on")
         return convert(value)
 
@@ -124,6 +122,12 @@ def _mode(name: str, value: Any) -> int:
 def _directory(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ValueError(f"{name}={value!r} must be a path that is not empty")
+    try:
+        unusable = b"\0" in os.fsencode(value)
+    except UnicodeEncodeError:
+        unusable = True
+    if unusable:
+        raise ValueError(f"{name}={value!r} cannot be a path: no file system takes its characters")
     # Absolute now: a later chdir of the application must not split its sessions.
     return Path(os.path.abspath(os.path.expanduser(os.fspath(value))))
 

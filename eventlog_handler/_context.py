@@ -26,31 +26,38 @@ delivering: contextvars.ContextVar[bool] = contextvars.ContextVar(
 )
 """True while a transport or callback runs for us: what it logs must not come back in as events."""
 
-_teed: dict[int, tuple[FrameType, Path]] = {}
-"""By thread: the structlog call whose event our processor has taken, and to which base."""
+_teed: dict[int, list[Any]] = {}
+"""By thread: the structlog call whose event our processor has taken, to which base, and how many
+handlers will still ask."""
 
 
-def tee(frame: FrameType, base: Path) -> None:
+def tee(frame: FrameType, base: Path, looks: int) -> None:
     """Remember that the event of the structlog call in `frame` goes to `base` already.
 
-    The frame keeps its callers' variables alive, so this is for calls whose record reaches a
-    handler at once: its look lets go of it.
+    Args:
+        frame: Runs until the record is emitted. It keeps its callers' variables alive, so it is let
+            go of as soon as all handlers have looked.
+        base: A gateway's base directory.
+        looks: How many handlers will ask.
     """
-    _teed[threading.get_ident()] = (frame, base)
+    _teed[threading.get_ident()] = [frame, base, looks]
 
 
 def is_teed(base: Path) -> bool:
     """Return whether this record comes out of a structlog call whose event `base` has."""
-    if not _teed:
+    mark = _teed.get(threading.get_ident()) if _teed else None
+    if mark is None:
         return False
-    frame, taken_by = _teed.get(threading.get_ident(), (None, None))
-    found: FrameType | None = sys._getframe(1) if frame is not None else None
-    while found is not None and found is not frame:
+    found: FrameType | None = sys._getframe(1)
+    while found is not None and found is not mark[0]:
         found = found.f_back
-    if frame is not None and found is None:
-        # A later processor or a filter stopped that call's record.
+    if found is not None and mark[1] != base:
+        return False
+    mark[2] -= 1
+    # Not found: a later processor or a filter stopped that call's record, and this is another.
+    if found is None or mark[2] == 0:
         del _teed[threading.get_ident()]
-    return found is not None and taken_by == base
+    return found is not None
 
 
 captures: list[Callable[[bytes], None]] = []
@@ -101,10 +108,11 @@ class session_context:  # noqa: N801 - reads as a function, like `contextlib.sup
         """Bind around each call of `function`."""
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
-                f"session_context cannot decorate the generator {function.__qualname__}: its "
+                f"session_context cannot decorate the generator {_name(function)}: its "
                 "binding would leak to the consumer; use `with session_context(…)` inside it"
             )
-        if inspect.iscoroutinefunction(function):
+        called: Any = type(function).__call__
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
 
             @functools.wraps(function)
             async def bound_async(*args: Any, **kwargs: Any) -> Any:
@@ -119,6 +127,11 @@ class session_context:  # noqa: N801 - reads as a function, like `contextlib.sup
                 return function(*args, **kwargs)
 
         return cast("F", bound)
+
+
+def _name(function: Any) -> str:
+    # A `functools.partial` has no name of its own.
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def bound_session(field: str) -> str | None:

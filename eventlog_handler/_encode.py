@@ -15,7 +15,8 @@ from typing import Any
 
 import orjson
 
-_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+# Dataclasses go through `plain`: orjson itself leaves out fields that begin with an underscore.
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATACLASS
 _DEEPEST = 60
 """Levels that the careful way keeps. orjson itself stops at 254."""
 _LONGEST_INT = 4300
@@ -60,7 +61,7 @@ def plain(value: Any) -> Any:
         # orjson takes subclasses of str, int, list and dict, but none of float.
         return float.__float__(value)
     if isinstance(value, type) or inspect.isroutine(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        return f"{value.__module__ or 'builtins'}.{value.__qualname__}"
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         # What OPT_SERIALIZE_NUMPY leaves, such as arrays that are not contiguous.
         return value.tolist()
@@ -120,21 +121,20 @@ def as_text(value: Any) -> str:
 
 def _careful(value: Any, parents: tuple[int, ...]) -> Any:
     """Rebuild `value` from JSON's types alone: any depth, any circle, any failing method."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, str):
-        return _clean(value)
-    if isinstance(value, int):
-        return _integer(value)
-    if id(value) in parents:
-        return f"<circular reference to {type(value).__name__}>"
-    if len(parents) >= _DEEPEST:
-        return f"<{type(value).__name__}: nested deeper than {_DEEPEST} levels>"
-    parents += (id(value),)
     try:
-        return _careful_container(value, parents)
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return _clean(value)
+        if isinstance(value, int):
+            return _integer(value)
+        if isinstance(value, float):
+            return float.__float__(value)
+        if id(value) in parents:
+            return f"<circular reference to {type(value).__name__}>"
+        if len(parents) >= _DEEPEST:
+            return f"<{type(value).__name__}: nested deeper than {_DEEPEST} levels>"
+        return _careful_container(value, (*parents, id(value)))
     except Exception as error:
         return f"<{type(value).__name__}: {type(error).__name__} while it was read>"
 

@@ -61,13 +61,13 @@ def _text(option: str, pattern: str) -> str:
     return pattern
 
 
-def _parse(option: str, pattern: str, field: str) -> Parsed:
-    """Parse a pattern that may hold `{field}` and nothing else.
+def _parse(option: str, pattern: str, field: str, part: str) -> Parsed:
+    """Parse the part of a pattern that may hold `{field}` and nothing else.
 
     Never `str.format`: `{session_id.__class__}` leaks, `{session_id:>999999999}` is a bomb.
     """
     try:
-        parsed = list(string.Formatter().parse(_text(option, pattern)))
+        parsed = list(string.Formatter().parse(part))
     except ValueError as error:
         raise _refuse(option, pattern, f"cannot be read: {error}") from None
     for _, name, spec, conversion in parsed:
@@ -137,7 +137,7 @@ class SessionPaths:
 def parse_directory_pattern(option: str, pattern: str) -> tuple[tuple[str, ...], Parsed]:
     """Return the levels above a session's directory, and the parsed pattern of its own name."""
     *parents, last = _text(option, pattern).split("/")
-    parsed = _parse(option, last, "session_id")
+    parsed = _parse(option, pattern, "session_id", last)
     if not any(with_field for _, with_field in parsed):
         problem = "lacks {session_id} in its last level: sessions would share a directory"
         raise _refuse(option, pattern, problem)
@@ -150,7 +150,7 @@ def parse_directory_pattern(option: str, pattern: str) -> tuple[tuple[str, ...],
 
 def parse_unknown_pattern(option: str, pattern: str) -> Parsed:
     """Return the parsed pattern of the directory of events that have no session."""
-    parsed = _parse(option, pattern, "uuid")
+    parsed = _parse(option, pattern, "uuid", _text(option, pattern))
     if not _fill(parsed, "-"):
         raise _refuse(option, pattern, "is empty; write 'unknown_{uuid}'")
     return parsed

@@ -27,19 +27,19 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {
     "_record",
     "_from_structlog",
 }
-_OURS = ("level", "logger", "message", "exception", "stack_info")
 
 
 def record_fields(record: logging.LogRecord) -> EventFields:
     """Return a record's event: type, level, logger, message, its extras, its exception.
 
     A message that is itself a mapping, model, dataclass or attrs object is the event, and gets
-    the rest where it has no such field.
+    the rest beside its own fields; only `extra["event_type"]` beats its `type`.
     """
     extras = {k: v for k, v in record.__dict__.items() if k not in _STANDARD}
-    kind = extras.pop("event_type", None) or extras.pop("type", None)
-    message = record.msg
-    content = None if isinstance(message, str) else object_fields(message)
+    kind = extras.pop("event_type", None)
+    if kind is None:
+        kind = extras.pop("type", None)
+    content = None if isinstance(record.msg, str) else object_fields(record.msg)
     if content is None:
         fields: EventFields = {"type": kind or "log", "session_id": None}
         fields |= {"level": record.levelname, "logger": record.name}
@@ -51,8 +51,16 @@ def record_fields(record: logging.LogRecord) -> EventFields:
         fields["type"] = kind or fields.get("type") or "log"
         fields.setdefault("level", record.levelname)
         fields.setdefault("logger", record.name)
-    _add_extras(fields, extras)
-    _add_exception(fields, record)
+    for name, value in extras.items():
+        _add(fields, name, value)
+    if record.exc_info:
+        _put_exception(fields, _exception(record.exc_info))
+    elif record.exc_text:
+        # The record crossed a queue or a socket: only the text is left.
+        traced = {"type": None, "message": None, "traceback": record.exc_text}
+        _put_exception(fields, traced)
+    if record.stack_info:
+        _add(fields, "stack_info", record.stack_info)
     return fields
 
 
@@ -64,22 +72,21 @@ def _message(record: logging.LogRecord) -> str:
         return f"{as_text(record.msg)} {as_text(record.args)} <{type(error).__name__}: {error}>"
 
 
-def _add_extras(fields: EventFields, extras: Mapping[str, Any]) -> None:
-    for name, value in extras.items():
-        if name not in _OURS or fields.get(name) is None:
-            fields[name] = value
-        elif str(value).lower() != str(fields[name]).lower():
-            fields[f"{name}_"] = value
+def _add(fields: EventFields, name: str, value: Any) -> None:
+    """Add a field that must not hide what is there: a second one of its name gets an underscore."""
+    there = fields.get(name)
+    if there is None:
+        fields[name] = value
+    elif str(there).lower() != str(value).lower():
+        # structlog's `add_log_level` says in lower case what the record says too.
+        fields[f"{name}_"] = value
 
 
-def _add_exception(fields: EventFields, record: logging.LogRecord) -> None:
-    if record.exc_info:
-        fields["exception"] = _exception(record.exc_info)
-    elif record.exc_text:
-        # The record crossed a queue or a socket: only the text is left.
-        fields["exception"] = {"type": None, "message": None, "traceback": record.exc_text}
-    if record.stack_info:
-        fields["stack_info"] = record.stack_info
+def _put_exception(fields: EventFields, exception: Mapping[str, Any] | None) -> None:
+    own = fields.get("exception")
+    fields["exception"] = exception
+    if own is not None and own != exception:
+        fields["exception_"] = own
 
 
 def structlog_fields(event_dict: Mapping[str, Any], method: str, logger: str | None) -> EventFields:
@@ -96,16 +103,25 @@ def structlog_fields(event_dict: Mapping[str, Any], method: str, logger: str | N
         fields["logger"] = logger
     fields["message"] = event_dict.get("event")
     fields |= {k: v for k, v in event_dict.items() if k not in _STRUCTLOG_ONLY}
-    kind = fields.pop("event_type", None)
-    if kind is not None:
-        fields["type"] = kind
+    if "message" in event_dict:
+        _add(fields, "message", event_dict["message"])
+    fields["type"] = event_dict.get("event_type") or fields["type"]
     raised = _raised(event_dict.get("exc_info"))
     if raised is not None:
-        fields["exception"] = _exception(raised)
+        _put_exception(fields, _exception(raised))
     return fields
 
 
-_STRUCTLOG_ONLY = {"event", "exc_info", "_record", "_from_structlog", "_logger", "_name"}
+_STRUCTLOG_ONLY = {
+    "event",
+    "event_type",
+    "message",
+    "exc_info",
+    "_record",
+    "_from_structlog",
+    "_logger",
+    "_name",
+}
 
 
 def _raised(exc_info: Any) -> ExcInfo | None:

@@ -29,9 +29,9 @@ def create_session_logger(
         TypeError: An unknown option, or a value of a wrong kind.
         ValueError: A value that cannot be.
     """
-    if log_base_dir:
+    if log_base_dir is not None:
         kwargs["log_base_dir"] = log_base_dir
-    if downstream_callback:
+    if downstream_callback is not None:
         kwargs["downstream_callback"] = downstream_callback
     return EventSessionLogger(**kwargs)
 

@@ -65,9 +65,10 @@ class EventLogProcessor:
                 name = getattr(logger, "name", None)
                 fields = structlog_fields(event_dict, method_name, name)
                 self._feed.put(fields, time.time())
-                if self._passthrough and self._comes_back(logger, method_name):
+                looks = self._looks(logger, method_name) if self._passthrough else 0
+                if looks:
                     # The caller of the chain, which will call the logger when the chain is done.
-                    tee(sys._getframe(2), self.gateway._settings.log_base_dir)
+                    tee(sys._getframe(2), self.gateway._settings.log_base_dir, looks)
             except Exception as error:
                 self.gateway._report.local(error, "processor")
                 self.gateway._report.drop("internal_error")
@@ -75,20 +76,20 @@ class EventLogProcessor:
             raise structlog.DropEvent
         return event_dict
 
-    def _comes_back(self, logger: Any, method_name: str) -> bool:
-        """Whether this event will reach a handler of ours with the same base directory."""
+    def _looks(self, logger: Any, method_name: str) -> int:
+        """Return how many handlers with our base directory will get this event as a record."""
         level = getattr(logging, method_name.upper(), logging.ERROR)
         if not isinstance(logger, logging.Logger) or not logger.isEnabledFor(level):
-            return False
-        base = self.gateway._settings.log_base_dir
+            return 0
+        base, looks = self.gateway._settings.log_base_dir, 0
         found: logging.Logger | None = logger
         while found is not None:
             for handler in found.handlers:
                 gateway = getattr(handler, "gateway", None)
-                if getattr(gateway, "log_base_dir", None) == base:
-                    return True
+                same = getattr(gateway, "log_base_dir", None) == base
+                looks += same and handler.level <= level
             found = found.parent if found.propagate else None
-        return False
+        return looks
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until all events handed off so far are in their files.

@@ -44,13 +44,18 @@ def redact_patterns(*regexes: str | re.Pattern[str]) -> Callable[[EventFields], 
             `r"sk-[A-Za-z0-9]{20,}"`. Keys are left alone.
 
     Raises:
-        TypeError: None was given.
+        TypeError: None was given, or one is not for text.
         ValueError: One cannot be compiled; the message says which.
     """
     if not regexes:
         raise TypeError(
             r"redact_patterns takes one or more regexes, as in redact_patterns(r'sk-\w+')"
         )
+    for regex in regexes:
+        if not isinstance(getattr(regex, "pattern", regex), str):
+            raise TypeError(
+                f"redact_patterns takes regexes of text, as in r'sk-\\w+', not {regex!r}"
+            )
     try:
         compiled = [re.compile(regex) for regex in regexes]
     except re.error as error:

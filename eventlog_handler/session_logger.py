@@ -152,7 +152,9 @@ class EventSessionLogger:
             self._files = self._new_files(settings)
         if changed("downstream_callback"):
             function = settings.downstream_callback
-            self._callback = Callback(function, settings, self._report) if function else None
+            self._callback = None
+            if function is not None:
+                self._callback = Callback(function, settings, self._report)
             self._delivery.use_callback(self._callback)
         elif self._callback is not None:
             self._callback.use_settings(settings)

@@ -263,11 +263,11 @@ def test_handlers_of_parents_count_as_long_as_records_propagate(
     """The look for a handler of ours follows `propagate`."""
     child = logging.getLogger("tests.app.child")
     logger.addHandler(logging.NullHandler())
-    assert not processor._comes_back(child, "info")
+    assert processor._looks(child, "info") == 0
     logger.addHandler(make_handler())
-    assert processor._comes_back(child, "info")
+    assert processor._looks(child, "info") == 1
     child.propagate = False
-    assert not processor._comes_back(child, "info")
+    assert processor._looks(child, "info") == 0
     child.propagate = True
 
 
