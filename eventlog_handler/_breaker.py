@@ -48,6 +48,11 @@ class Breaker:
         if self.state == HALF_OPEN or self._failures >= self._limit:
             self.trip(now)
 
+    def interrupted(self) -> None:
+        """Note that an attempt ended without an answer: a probe is made up for at once."""
+        if self.state == HALF_OPEN:
+            self.state = OPEN
+
     def trip(self, now: float) -> None:
         """Open at once, as after a failed health check."""
         self.state = OPEN

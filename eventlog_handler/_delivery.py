@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ from eventlog_handler._report import Report
 from eventlog_handler.transports.base import TransportInterface
 from eventlog_handler.typing import OutgoingEvent, TransportStats
 
+START_SECONDS = 5.0
+"""The longest that a start waits for the loop to be there; it takes a few milliseconds."""
+
 
 class Delivery:
     """Hands events to the lanes, and owns the thread that they run on.
@@ -49,6 +53,7 @@ class Delivery:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._group: TaskGroup | None = None
         self._stopping: anyio.Event | None = None
+        self._context = contextvars.copy_context()
         self._deadline = 0.0
         self._closed = False
 
@@ -92,7 +97,8 @@ class Delivery:
         if loop is not None:
             # The loop may close between the two lines: then its thread is at its end anyway.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(function, *args)
+                # In the delivery thread's own context: the caller's knows another loop, or none.
+                loop.call_soon_threadsafe(function, *args, context=self._context)
 
     def use_settings(self, settings: Settings) -> None:
         """Go by other options from now on."""
@@ -151,7 +157,7 @@ class Delivery:
             # From 3.12 on none can be started once the interpreter ends; the files have it all.
             self._thread = None
             return
-        ready.wait(self._settings.shutdown_timeout_seconds)
+        ready.wait(START_SECONDS)
 
     def _run(self, ready: threading.Event) -> None:
         try:
@@ -164,6 +170,7 @@ class Delivery:
 
     async def _main(self, ready: threading.Event) -> None:
         delivering.set(True)
+        self._context = contextvars.copy_context()
         self._stopping = anyio.Event()
         async with anyio.create_task_group() as group:
             self._loop, self._group = asyncio.get_running_loop(), group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +115,13 @@ class SessionFiles:
     def path(self, session_id: str | None) -> Path:
         """Return a session's file: the one that is written, or that will be with the next event."""
         with self._lock:
-            return self.directory(session_id) / self._file(session_id).name
+            directory, file = self.directory(session_id), self._file(session_id)
+            taken = 0
+            while file.fd < 0 and not file.size and os.path.lexists(directory / file.name):
+                # Another writer's, or the one that this session's first event will meet.
+                taken += 1
+                file.name = self._paths.file_name(datetime.now(timezone.utc), taken)
+            return directory / file.name
 
     def append(
         self,
@@ -156,7 +163,7 @@ class SessionFiles:
     def _chunk(
         self, file: _File, session_id: str | None, events: Sequence[EncodedEvent]
     ) -> tuple[bytes, list[OutgoingEvent]]:
-        name = self._paths.unknown if session_id is None else session_id
+        name = self._paths.directory(None)[-1] if session_id is None else session_id
         texts: list[bytes] = []
         outgoing: list[OutgoingEvent] = []
         total = 0
@@ -224,12 +231,15 @@ class SessionFiles:
     def _attach(self, session_id: str | None, file: _File) -> None:
         with self._directory(session_id) as directory:
             if file.size:
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     file.fd = os.open(file.name, _FILE | self._layout.flags, dir_fd=directory)
-                    file.size = os.fstat(file.fd).st_size
-                    return
-                except FileNotFoundError:
-                    file.seq = file.size = 0
+                    found = os.fstat(file.fd)
+                    file.size = found.st_size
+                    if stat.S_ISREG(found.st_mode):
+                        return
+                    _close(file)
+                # Deleted, or something else has taken its place while it was closed.
+                file.seq = file.size = 0
             now, taken = datetime.now(timezone.utc), 0
             while file.fd < 0:
                 flags = _FILE | self._layout.flags | os.O_CREAT | os.O_EXCL

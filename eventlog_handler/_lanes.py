@@ -42,6 +42,15 @@ def backoff_seconds(attempt: int, delay: float, longest: float, chance: float) -
     return chance * min(longest, delay * 2.0 ** min(attempt - 1, 60))
 
 
+def _as_exception(error: BaseException) -> Exception:
+    """Return the error itself, or one of ours around what an error handler cannot take."""
+    if isinstance(error, Exception):
+        return error
+    wrapped = TransportError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
 class Downstream:
     """What callbacks and transports share: guarded attempts, and their figures.
 
@@ -88,15 +97,14 @@ class Downstream:
                 raise TransportError(f"send returned {result!r}; True is the only acknowledgement")
         except (anyio.get_cancelled_exc_class(), GeneratorExit) as error:
             if self._ours() or isinstance(error, GeneratorExit):
+                self.breaker.interrupted()
                 raise
             self._failed(TransportError("cancelled from inside"))
         except Exception as error:
             self._failed(error)
         except BaseException as error:
             # A driver's SystemExit or KeyboardInterrupt is its failure, not our end.
-            wrapped = TransportError(f"{type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            self._failed(wrapped)
+            self._failed(_as_exception(error))
         else:
             self.sent += 1
             self.breaker.succeeded()
@@ -120,6 +128,7 @@ class Downstream:
                 raise
         except BaseException as error:
             self._last_error = f"{type(error).__name__}: {error}"[:200]
+            self._report.tell(_as_exception(error), f"{self.name}: health_check")
         return answer
 
     async def pause(self, attempt: int) -> None:
@@ -221,6 +230,8 @@ class Lane(ABC):
         if len(self._queue) >= self._settings.max_pending_events:
             self.dropped += 1
             warn(f"lane {self.name}", f"{self.name} is behind: events stay in their files only")
+            if released is not None:
+                released()
             return False
         self._queue.append((event, released))
         return self._idle
@@ -368,6 +379,7 @@ class TransportLane(Lane):
                 if await self._downstream.healthy(self.transport.health_check):
                     # The far side is well and refuses this one: it must not hold back the rest.
                     self._downstream.rejected += 1
+                    self._breaker.succeeded()
                     return True
                 self._breaker.trip(time.monotonic())
             elif self._breaker.state == CLOSED:
@@ -393,8 +405,9 @@ class TransportLane(Lane):
         try:
             with anyio.move_on_after(grace_seconds, shield=True):
                 await self.transport.close()
-        except Exception as error:
-            self._report.tell(error, f"{self.name}: close")
+        except BaseException as error:
+            # The scope is shielded, so a cancellation is a driver's own: nobody else must pay.
+            self._report.tell(_as_exception(error), f"{self.name}: close")
 
     def stats(self) -> TransportStats:
         """Return the transport's figures."""

@@ -27,6 +27,7 @@ class Owner(Protocol):
 
 _owners: dict[int, tuple[int, weakref.ref[Owner]]] = {}
 _keys = itertools.count()
+_hooked = False
 
 
 def register(owner: Owner, rank: int) -> None:
@@ -70,8 +71,10 @@ def _hook_multiprocessing() -> None:
     Such a child first forgets the finalizers of its parent, then runs its after-fork hooks, so the
     one has to be registered by the other.
     """
+    global _hooked
     util = sys.modules.get("multiprocessing.util")
-    if util is not None:
+    if util is not None and not _hooked:
+        _hooked = True
         util.register_after_fork(end_all, _end_with_multiprocessing)
 
 

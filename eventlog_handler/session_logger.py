@@ -149,7 +149,8 @@ class EventSessionLogger:
         self._intake.use_settings(settings)
         if old is not None and changed(*_FILE_OPTIONS):
             self._files.close()
-            self._files = self._new_files(settings)
+            replaced, self._files = self._files, self._new_files(settings)
+            self._files.written, self._files.bytes = replaced.written, replaced.bytes
         if changed("downstream_callback"):
             function = settings.downstream_callback
             self._callback = None
@@ -167,9 +168,10 @@ class EventSessionLogger:
             wrapped.__cause__ = error
             report.local(wrapped, "formatter")
 
+        custom = settings.log_format == "custom"
         files = SessionFiles(
             settings.paths(self._uuid),
-            Layout(settings.log_format, settings.formatter, failed),
+            Layout(settings.log_format, settings.formatter if custom else None, failed),
             max_open_files=settings.max_open_files,
             file_mode=settings.file_mode,
             directory_mode=settings.directory_mode,
@@ -262,14 +264,17 @@ class EventSessionLogger:
     ) -> bool:
         """Give the live event to the callback; what it does not take goes to the transports."""
         session_id = outgoing.session_id if outgoing is not None else None
-        taken = False
-        async with self._turn(session_id):
-            try:
+        settled = False
+        try:
+            async with self._turn(session_id):
                 taken = await callback.deliver(event)
-            finally:
-                # Also where the caller was cancelled: whether the callback took it is not known.
                 if not taken and outgoing is not None:
                     self._delivery.send(outgoing, waiter.released)
+                settled = True
+        finally:
+            # The caller was cancelled: whether the callback has taken the event is not known.
+            if not settled and outgoing is not None:
+                self._delivery.send(outgoing, waiter.released)
         return taken
 
     @contextlib.asynccontextmanager

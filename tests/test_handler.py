@@ -101,6 +101,15 @@ def test_a_filter_may_replace_the_record(make_handler: Make, logger: logging.Log
     assert [e["message"] for e in written(handler)] == ["other"]
 
 
+def test_what_the_filter_method_returns_is_logged(make_handler: Make) -> None:
+    """Before 3.12 too, a handler whose `filter` returns a record logs that one."""
+    handler = make_handler()
+    other = logging.makeLogRecord({"msg": "other", "session_id": "s1"})
+    handler.filter = lambda record: other  # type: ignore[method-assign]
+    assert handler.handle(logging.makeLogRecord({"msg": "first", "session_id": "s1"}))
+    assert [e["message"] for e in written(handler)] == ["other"]
+
+
 def test_logger_adapter_fields_are_extras(make_handler: Make, logger: logging.Logger) -> None:
     """What a LoggerAdapter adds is in the event."""
     handler = make_handler()

@@ -181,6 +181,18 @@ def test_a_session_that_cannot_be_written_holds_back_no_other(
     assert "cannot write a session file" in capsys.readouterr().err
 
 
+def test_flush_tells_what_is_not_written(make_handler: Make, base: Path) -> None:
+    """While a session's file cannot be written, a flush ends at its time and says no."""
+    handler = make_handler()
+    base.mkdir()
+    (base / "s1").write_text("in the way")
+    handler.handle(record("one"))
+    wait_until(lambda: handler._feed._listener.kept == 1)
+    assert not handler._feed.flush(0.5)
+    (base / "s1").unlink()
+    assert handler._feed.flush(30)
+
+
 def test_what_cannot_be_written_until_close_is_counted(make_handler: Make, base: Path) -> None:
     """Events of a session that fails until the shutdown budget is used up are named and counted."""
     handler = make_handler(shutdown_timeout_seconds=0.3)
@@ -350,6 +362,26 @@ def test_a_forked_child_writes_files_of_its_own(make_handler: Make, base: Path) 
     assert sorted(messages) == [["before", "held", "parent"], ["child"]]
     ids = [line["id"] for path in files for line in lines_of(path)]
     assert len(set(ids)) == 4
+
+
+def test_a_reset_listener_starts_over(make_handler: Make, base: Path) -> None:
+    """What waited is forgotten, and the next record starts a thread."""
+    handler = make_handler()
+    handler.flush()
+    listener = handler._feed._listener
+    waiting = handler.gateway._intake.snapshot({"message": "the parent's"}, "s1", 0.0)
+    assert waiting is not None
+    thread = listener._thread
+    assert thread is not None
+    listener._ending = True
+    listener._handoff.put_marker(lambda: None)
+    thread.join(30)
+    listener._ending = False
+    listener._handoff.put(waiting)
+    listener.after_fork_in_child()
+    handler.handle(record("the child's"))
+    handler.flush()
+    assert [e["message"] for e in events_of(base)] == ["the child's"]
 
 
 def test_where_no_thread_can_start_the_caller_writes(

@@ -25,12 +25,12 @@ def named_transports(option: Any) -> dict[str, TransportInterface]:
     named: dict[str, TransportInterface] = {}
     for item in items:
         transport = _instance(item)
-        name = getattr(transport, "name", None) or type(transport).__qualname__
+        name = str(getattr(transport, "name", None) or type(transport).__qualname__)
         if name in named:
             raise ValueError(
                 f"downstream_transport has two transports named {name!r}; give one of them a `name`"
             )
-        named[str(name)] = transport
+        named[name] = transport
     return named
 
 
