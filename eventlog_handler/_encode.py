@@ -181,6 +181,11 @@ def new_id() -> str:
     return f"{_prefix}-{next(_numbers):x}"
 
 
+def process_id() -> str:
+    """Return what the ids of this process's events begin with."""
+    return _prefix
+
+
 def _forked() -> None:
     global _prefix
     _prefix = secrets.token_hex(10)

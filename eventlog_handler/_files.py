@@ -68,11 +68,13 @@ class Layout:
 class _File:
     """What is remembered of a session's file; its descriptor may be closed and opened again."""
 
-    __slots__ = ("fd", "name", "seq", "size")
+    __slots__ = ("fd", "name", "named", "seq", "size")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.fd = -1
+        self.named = False
+        """Whether its directory entry is on the disk."""
         self.seq = 0
         self.size = 0
 
@@ -280,6 +282,29 @@ class SessionFiles:
         while len(self._open) > keep:
             _close(self._open.popitem(last=False)[1])
 
+    def sync(self, session_id: str | None) -> None:
+        """Have a session's file on the disk, and its name.
+
+        Raises:
+            OSError: It is not. The file is given up, as the kernel may have dropped what it could
+                not write: the same events go to a new one.
+        """
+        with self._lock:
+            file = self._opened(session_id)
+            try:
+                os.fdatasync(file.fd)
+                if not file.named:
+                    with self._directory(session_id) as directory:
+                        os.fsync(directory)
+                    for level in self.directory(session_id).parents:
+                        _sync_directory(level)
+                        if level == self._paths.base:
+                            break
+                    file.named = True
+            except OSError:
+                self._forget(session_id)
+                raise
+
     def close(self) -> None:
         """Close every descriptor. A later `append` opens its file again."""
         with self._lock:
@@ -290,6 +315,14 @@ class SessionFiles:
         self._lock = threading.Lock()
         self._close_oldest(0)
         self._known.clear()
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, _DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _close(file: _File) -> None:

@@ -7,6 +7,8 @@ interpreter's lock away nor deadlocks when a signal handler or a `__del__` inter
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterable
+from typing import Any
 
 from eventlog_handler.typing import EncodedEvent, Marker
 
@@ -18,18 +20,22 @@ class MemoryHandoff:
         capacity: Events that may wait.
     """
 
-    durability = "memory"
-
     def __init__(self, capacity: int) -> None:
+        self.durability = "memory"
         self._capacity = capacity
-        self._queue: queue.SimpleQueue[EncodedEvent | Marker] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def put(self, event: EncodedEvent) -> bool:
-        """Accept an event, or return False when full."""
+    def put(self, event: EncodedEvent, sync: bool = False) -> bool:
+        """Accept an event, or return False when full.
+
+        Args:
+            event: What is handed off.
+            sync: Asks for what memory has not.
+        """
         # Racing threads may pass the limit together: it bounds memory, it is no exact count.
         if self._queue.qsize() >= self._capacity:
             return False
-        self._queue.put(event)
+        self._queue.put((event,))
         return True
 
     def put_marker(self, reached: Marker) -> None:
@@ -38,18 +44,38 @@ class MemoryHandoff:
 
     def take(self, limit: int, timeout_seconds: float) -> tuple[list[EncodedEvent], Marker | None]:
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
-        events: list[EncodedEvent] = []
+        entries, marker = self._take_entries(limit, timeout_seconds)
+        return [entry[0] for entry in entries], marker
+
+    def _take_entries(
+        self, limit: int, timeout_seconds: float
+    ) -> tuple[list[tuple[Any, ...]], Marker | None]:
+        entries: list[tuple[Any, ...]] = []
         try:
-            while len(events) < limit:
+            while len(entries) < limit:
                 # Only the first may be waited for; a batch is what is there already.
-                wait = timeout_seconds if not events else 0
+                wait = timeout_seconds if not entries else 0
                 found = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
-                if not isinstance(found, EncodedEvent):
-                    return events, found
-                events.append(found)
+                if callable(found):
+                    return entries, found
+                entries.append(found)
         except queue.Empty:
             pass
-        return events, None
+        return entries, None
+
+    def must_sync(self, events: Iterable[EncodedEvent]) -> bool:
+        """Return whether any of these has to be on the disk before it is let go of: none."""
+        return False
+
+    def written(self, events: Iterable[EncodedEvent]) -> None:
+        """Let go of events that are in their files: nothing is held."""
+
+    def close(self) -> bool:
+        """End; return False, as nothing that is left survives."""
+        return False
+
+    def abandon(self) -> None:
+        """In a forked child: what waits is the parent's."""
 
     @property
     def depth(self) -> int:

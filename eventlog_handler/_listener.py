@@ -1,35 +1,30 @@
 """The listener: a thread that takes events from the hand-off to the gateway, in batches.
 
-`Feed` is one handler's or processor's way to it. Everything here may be called from a signal
-handler or a finalizer: no lock is waited for without a limit.
+Everything here may be called from a signal handler or a finalizer: no lock is waited for without a
+limit.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from eventlog_handler import _lifecycle
-from eventlog_handler._config import (
-    OPTION_NAMES,
-    check_one_of,
-    check_one_or_more,
-    check_seconds,
-    refuse_unknown,
-)
-from eventlog_handler._context import captures
 from eventlog_handler._encode import encode, new_id, timestamp
 from eventlog_handler._handoff import MemoryHandoff
+from eventlog_handler._journal import JournalHandoff, journal_directory
+from eventlog_handler._recovery import recover
 from eventlog_handler._report import warn
 from eventlog_handler.session_logger import EventSessionLogger
-from eventlog_handler.typing import EncodedEvent, EventFields, Handoff
+from eventlog_handler.typing import EncodedEvent
 
 BATCH = 1000
 """Events taken at once: beside a computing thread each wake-up costs milliseconds, not events."""
-IDLE_SECONDS = 60.0
 RETRY_SECONDS = 0.2
+RECOVERY_SECONDS = 30.0
+"""Between two looks for what dead processes left."""
 FULL_PAUSE_SECONDS = 0.001
 
 
@@ -38,13 +33,17 @@ class Listener:
 
     Args:
         gateway: Where events go.
-        capacity: Events that may wait in the hand-off; as many more are kept while files fail.
+        options: Those of the hand-off. Of `handoff_capacity`, as many more events are kept while
+            files fail.
     """
 
-    def __init__(self, gateway: EventSessionLogger, capacity: int) -> None:
+    def __init__(self, gateway: EventSessionLogger, options: Mapping[str, Any]) -> None:
         self.gateway = gateway
-        self._capacity = capacity
-        self._handoff: Handoff = MemoryHandoff(capacity)
+        self._options = options
+        self._capacity: int = options["handoff_capacity"]
+        self._handoff = self._new_handoff()
+        self._durability = self._handoff.durability
+        self._recover_at = 0.0
         self._kept: dict[str | None, list[EncodedEvent]] = {}
         self._failing = False
         self._running = False
@@ -59,6 +58,22 @@ class Listener:
         self.start()
         _lifecycle.register(self, rank=5)
 
+    def _new_handoff(self) -> MemoryHandoff:
+        level, settings = self._options["durability"], self.gateway._settings
+        if level == "memory":
+            return MemoryHandoff(self._capacity)
+        if not settings.enable_local_logging:
+            warn("journal", "durability is 'memory': without local files there is no journal")
+            return MemoryHandoff(self._capacity)
+        try:
+            directory = journal_directory(settings.log_base_dir, settings.directory_mode)
+            ring_bytes = self._options["ring_bytes"]
+            return JournalHandoff(directory, self._capacity, ring_bytes, level == "disk")
+        except OSError as error:
+            warn("journal", f"durability is 'memory': no journal can be made ({error.strerror})")
+            self.gateway._report.tell(error, "journal")
+            return MemoryHandoff(self._capacity)
+
     @property
     def shutdown_timeout_seconds(self) -> float:
         """The gateway's budget."""
@@ -71,12 +86,17 @@ class Listener:
 
     @property
     def durability(self) -> str:
-        """What a handed-off event survives."""
-        return self._handoff.durability
+        """What a handed-off event survives: `memory`, `process` or `disk`."""
+        return self._durability
 
-    def put(self, event: EncodedEvent) -> bool:
-        """Accept an event, or return False when full."""
-        accepted = self._handoff.put(event)
+    def put(self, event: EncodedEvent, sync: bool = False) -> bool:
+        """Accept an event, or return False when full.
+
+        Args:
+            event: What is handed off.
+            sync: Whether to return only after it is on the disk.
+        """
+        accepted = self._handoff.put(event, sync)
         # The thread clears the flag, then looks at the queue once more: one of us sees the other.
         if not self._running:
             self.start()
@@ -107,17 +127,49 @@ class Listener:
         try:
             with self._consuming:
                 while not self._finished():
+                    self._recover()
                     self._step(self._pause_seconds())
+                if self._ending:
+                    self._retire()
         finally:
             self._running = False
         if self._handoff.depth:
             # Put between the last look and the flag.
             self.start()
 
+    def _recover(self) -> None:
+        """Write what dead processes left, at the start and then from time to time."""
+        now = time.monotonic()
+        if self._durability == "memory" or now < self._recover_at:
+            return
+        self._recover_at = now + RECOVERY_SECONDS
+        gateway = self.gateway
+
+        def write(session_id: str | None, events: list[EncodedEvent]) -> None:
+            while events:
+                del events[: gateway._write_and_hand_over(session_id, events)]
+
+        try:
+            base = gateway._settings.log_base_dir
+            recover(base, gateway.get_session_directory, write, gateway._report)
+        except Exception as error:
+            # It is tried again; what is left stays where it is safe.
+            gateway._report.local(error, "recovery")
+
+    def _retire(self) -> None:
+        """Close the hand-off; what comes later is written at once, by its caller."""
+        retired, self._handoff = self._handoff, MemoryHandoff(self._capacity)
+        events, _ = retired.take(self._capacity, 0.0)
+        if retired.close():
+            # What could not be written is safe there, until the next process recovers it.
+            self._kept.clear()
+        for event in events:
+            self._handoff.put(event)
+
     def _pause_seconds(self) -> float:
         if self.gateway._report.untold:
             return 0.0
-        return RETRY_SECONDS if self._failing else IDLE_SECONDS
+        return RETRY_SECONDS if self._failing else RECOVERY_SECONDS
 
     def _finished(self) -> bool:
         return self._ending and (self.depth == 0 or time.monotonic() >= self._deadline)
@@ -152,7 +204,11 @@ class Listener:
         report = self.gateway._report
         while events:
             try:
-                del events[: self.gateway._write_and_hand_over(session_id, events)]
+                count = self.gateway._write_and_hand_over(session_id, events)
+                if self._handoff.must_sync(events[:count]):
+                    self.gateway._files.sync(session_id)
+                self._handoff.written(events[:count])
+                del events[:count]
             except OSError as error:
                 # A full disk, a directory replaced by a link: other sessions may be better off.
                 self._failing = True
@@ -163,6 +219,7 @@ class Listener:
                 # A defect of ours: the event that shows it must not block all after it.
                 report.local(error, "session file")
                 report.drop_untold("internal_error", session_id)
+                self._handoff.written(events[:1])
                 del events[0]
         del self._kept[session_id]
 
@@ -230,6 +287,7 @@ class Listener:
         if self._running:
             # Stuck in a write that does not return: its batch is its own.
             return
+        self._retire()
         for events in list(self._kept.values()):
             for _ in events:
                 # No line tells of these: it could not be written either.
@@ -247,124 +305,10 @@ class Listener:
 
     def after_fork_in_child(self) -> None:
         """What was waiting is the parent's; the thread did not come along."""
-        self._handoff = MemoryHandoff(self._capacity)
+        self._handoff.abandon()
+        self._handoff = self._new_handoff()
+        self._recover_at = time.monotonic() + RECOVERY_SECONDS
         self._kept = {}
         self._running = False
         self._starting = threading.Lock()
         self._consuming = threading.Lock()
-
-
-class Feed:
-    """One handler's or processor's way to the listener, and their share in its life.
-
-    Args:
-        gateway: An existing one, or None for one of its own.
-        options: Those of the hand-off, and those of the gateway where it is its own.
-
-    Raises:
-        TypeError: An unknown option, or options for a gateway that exists already.
-        ValueError: An option has a value that cannot be.
-    """
-
-    def __init__(self, gateway: EventSessionLogger | None, options: dict[str, Any]) -> None:
-        refuse_unknown(options, (*HANDOFF_OPTIONS, *OPTION_NAMES))
-        handoff = {name: options.pop(name, default) for name, default in HANDOFF_OPTIONS.items()}
-        _check_handoff(handoff)
-        if gateway is not None and options:
-            raise TypeError(f"gateway= has its own options: give {sorted(options)} to it instead")
-        owned = gateway is None
-        self.gateway = EventSessionLogger(**options) if gateway is None else gateway
-        listener = self.gateway._listener
-        if not isinstance(listener, Listener) or listener.ending:
-            listener = Listener(self.gateway, handoff["handoff_capacity"])
-        # Before any event: from 3.12 on no thread can be started once the interpreter ends.
-        self.gateway._delivery.start()
-        self._listener = listener
-        self._owned = owned
-        block = handoff["overflow"] == "block"
-        self._block_seconds = handoff["block_timeout_seconds"] if block else 0.0
-        self._ignore_unknown = handoff["missing_session"] == "ignore"
-        self._closed = self._late = False
-        listener.users += 1
-        self._release = weakref.finalize(self, _release, listener, owned)
-        self._release.atexit = False
-
-    def put(
-        self, fields: EventFields, seconds: float, session_id: Any = None, complete: bool = True
-    ) -> None:
-        """Snapshot an event and hand it off.
-
-        Args:
-            fields: Its own dict.
-            seconds: Unix time of the call.
-            session_id: Where it is known apart from the fields.
-            complete: Whether a missing session id is added to the fields.
-        """
-        gateway = self.gateway
-        if gateway._closed or (self._closed and not self._late):
-            gateway._report.drop("closed")
-            return
-        session_id = gateway._intake.session_of(fields, session_id)
-        if session_id is None and self._ignore_unknown:
-            gateway._report.drop("no_session")
-            return
-        event = gateway._intake.snapshot(fields, session_id, seconds, complete)
-        if event is not None and not captures and not self._listener.put(event):
-            self._wait_for_room(event)
-
-    def _wait_for_room(self, event: EncodedEvent) -> None:
-        deadline = time.monotonic() + self._block_seconds
-        while time.monotonic() < deadline:
-            time.sleep(FULL_PAUSE_SECONDS)
-            if self._listener.put(event):
-                return
-        self.gateway._report.drop_untold("overflow", event.session_id)
-
-    def flush(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until all events handed off so far are in their files; return whether they are."""
-        longest = self._listener.shutdown_timeout_seconds
-        seconds = longest if timeout_seconds is None else timeout_seconds
-        return self._listener.drain(time.monotonic() + seconds)
-
-    def close(self, late: bool) -> None:
-        """Write what is left, within the shutdown budget; the gateway is closed if it is our own.
-
-        Args:
-            late: Whether later events are still written, by their callers, or counted as dropped.
-        """
-        if self._release.detach() is None:
-            return
-        self._closed, self._late = True, late
-        deadline = time.monotonic() + self._listener.shutdown_timeout_seconds
-        self._listener.users -= 1
-        if self._listener.users:
-            self._listener.drain(deadline)
-            return
-        self._listener.end(deadline)
-        if self._owned and late:
-            self.gateway.at_exit(deadline)
-        elif self._owned:
-            self.gateway._close(deadline)
-
-
-def _release(listener: Listener, owned: bool) -> None:
-    listener.users -= 1
-    if not listener.users:
-        listener.end_soon(owned)
-
-
-HANDOFF_OPTIONS: dict[str, Any] = {
-    "durability": "memory",
-    "overflow": "block",
-    "block_timeout_seconds": 1.0,
-    "handoff_capacity": 100_000,
-    "missing_session": "unknown",
-}
-
-
-def _check_handoff(options: dict[str, Any]) -> None:
-    check_one_of("memory")("durability", options["durability"])
-    check_one_of("block", "drop")("overflow", options["overflow"])
-    check_one_of("unknown", "ignore")("missing_session", options["missing_session"])
-    check_seconds("block_timeout_seconds", options["block_timeout_seconds"])
-    check_one_or_more("handoff_capacity", options["handoff_capacity"])

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from eventlog_handler._context import delivering, is_teed
-from eventlog_handler._listener import Feed
+from eventlog_handler._feed import Feed
 from eventlog_handler._snapshot import json_object, record_fields
 from eventlog_handler.session_logger import EventSessionLogger
 from eventlog_handler.typing import EventFields, Stats
@@ -83,7 +83,7 @@ class EventLogHandler(logging.Handler):
                 return
             fields, decided = self._fields(record)
             session_id = getattr(record, self.gateway._settings.session_id_field, None)
-            self._feed.put(fields, record.created, session_id, complete=not decided)
+            self._feed.put(fields, record.created, record.levelno, session_id, complete=not decided)
         except Exception as error:
             self.gateway._report.local(error, "emit")
             self.gateway._report.drop("internal_error")

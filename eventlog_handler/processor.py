@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from eventlog_handler._context import delivering, tee
-from eventlog_handler._listener import Feed
+from eventlog_handler._feed import Feed
 from eventlog_handler._snapshot import structlog_fields
 from eventlog_handler.session_logger import EventSessionLogger
 from eventlog_handler.typing import Stats
@@ -64,7 +64,7 @@ class EventLogProcessor:
             try:
                 name = getattr(logger, "name", None)
                 fields = structlog_fields(event_dict, method_name, name)
-                self._feed.put(fields, time.time())
+                self._feed.put(fields, time.time(), _level(method_name))
                 looks = self._looks(logger, method_name) if self._passthrough else 0
                 if looks:
                     # The caller of the chain, which will call the logger when the chain is done.
@@ -78,7 +78,7 @@ class EventLogProcessor:
 
     def _looks(self, logger: Any, method_name: str) -> int:
         """Return how many handlers with our base directory will get this event as a record."""
-        level = getattr(logging, method_name.upper(), logging.ERROR)
+        level = _level(method_name)
         if not isinstance(logger, logging.Logger) or not logger.isEnabledFor(level):
             return 0
         base, looks = self.gateway._settings.log_base_dir, 0
@@ -109,3 +109,9 @@ class EventLogProcessor:
     def close(self) -> None:
         """Write what is left and end; a later event is counted as dropped, and passed on."""
         self._feed.close(late=False)
+
+
+def _level(method_name: str) -> int:
+    # `exception` has no level of its own.
+    level = getattr(logging, method_name.upper(), logging.ERROR)
+    return level if isinstance(level, int) else logging.ERROR

@@ -107,25 +107,6 @@ class Stats(NamedTuple):
     transports: Mapping[str, TransportStats]
 
 
-class Handoff(Protocol):
-    """What takes events from the callers' threads to the listener's, in order."""
-
-    durability: str
-
-    def put(self, event: EncodedEvent) -> bool:
-        """Accept an event, or return False when full; never blocks, safe in a signal handler."""
-
-    def put_marker(self, reached: Callable[[], None]) -> None:
-        """Have `reached` called by the listener once all that was put before it is written."""
-
-    def take(self, limit: int, timeout_seconds: float) -> tuple[list[EncodedEvent], Marker | None]:
-        """Wait for events; return up to `limit` of them and the marker that follows, if any."""
-
-    @property
-    def depth(self) -> int:
-        """How many entries wait."""
-
-
 Marker = Callable[[], None]
 
 

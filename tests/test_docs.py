@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from eventlog_handler._config import Settings
-from eventlog_handler._listener import HANDOFF_OPTIONS
+from eventlog_handler._feed import HANDOFF_OPTIONS
 from tests.conftest import events_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -223,7 +223,7 @@ def test_events_without_a_session_can_be_ignored(
     logger.addHandler(handler)
     logger.info("nobody's")
     handler.flush()
-    assert not base.exists()
+    assert events_of(base) == []
     assert handler.stats().dropped == {"no_session": 1}
 
 
@@ -372,7 +372,9 @@ def test_two_handlers_of_one_gateway_keep_one_order(
     ("options", "error", "message"),
     [
         ({"durabilty": "memory"}, TypeError, "'durabilty' is not an option: did you mean 'dur"),
-        ({"durability": "process"}, ValueError, "durability='process' does not exist; write one"),
+        ({"durability": "ram"}, ValueError, "durability='ram' does not exist; write one of 'mem"),
+        ({"sync_level": "LOUD"}, ValueError, "sync_level='LOUD' is no level; write 'ERROR'"),
+        ({"ring_bytes": 100}, ValueError, "ring_bytes=100 is out of range: write 4096 or more"),
         ({"overflow": "raise"}, ValueError, "overflow='raise' does not exist; write one of 'block"),
         ({"missing_session": "no"}, ValueError, "missing_session='no' does not exist"),
         ({"handoff_capacity": 0}, ValueError, "handoff_capacity=0 is out of range"),

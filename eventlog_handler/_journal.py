@@ -1,0 +1,223 @@
+"""The hand-off that survives a killed process: rings in mapped files, one owner each.
+
+A store into a shared mapping is in the page cache at once: it is there after `kill -9`, and cost no
+system call, which beside a computing thread is a wait for the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from eventlog_handler._encode import process_id
+from eventlog_handler._handoff import MemoryHandoff
+from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, pack, space
+from eventlog_handler.typing import EncodedEvent, Marker
+
+OWN_DIRECTORY = ".eventlog"
+"""Below the base, ours alone: no session's name begins with a dot."""
+SUFFIX = ".ring"
+NESTED_BYTES = 256 * 1024
+"""The ring for calls that interrupt another call in its critical section: signal handlers."""
+LARGEST_SHARE = 4
+"""An event may take a fourth of the ring; a larger one gets a file of its own."""
+_numbers = itertools.count(1)
+
+
+def _allocate(fd: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        raise OSError(errno.ENOTSUP, "no preallocation on this system")
+    os.posix_fallocate(fd, 0, size)
+
+
+class MappedRing:
+    """A ring in a file, locked as long as its owner lives.
+
+    Args:
+        directory: Exists.
+        ring_bytes: Rounded up to pages.
+
+    Raises:
+        OSError: There is no room, or no mapping or lock on this file system.
+    """
+
+    def __init__(self, directory: Path, ring_bytes: int) -> None:
+        size = HEADER_BYTES + -(-ring_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        # The time lets a recovery leave files alone that are older than this process's first line.
+        name = f"{process_id()}-{next(_numbers)}-{int(time.time()):x}"
+        self.path = directory / f"{name}{SUFFIX}"
+        making = self.path.with_suffix(".new")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(making, flags, 0o600)
+        try:
+            # Locked before it has its name, so that nobody takes it for a dead process's.
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Never sparse: on a full disk the first touch of a hole is a SIGBUS.
+            _allocate(self._fd, size)
+            self._map = mmap.mmap(self._fd, size)
+            self.ring = Ring(memoryview(self._map), secrets.randbits(64))
+            os.rename(making, self.path)
+        except BaseException:
+            os.close(self._fd)
+            making.unlink(missing_ok=True)
+            raise
+        self._synced = 0
+        self._syncing = threading.RLock()
+
+    def sync(self, position: int) -> None:
+        """Have everything up to `position` on the disk.
+
+        Those who come while one waits for the disk share the next wait (group commit).
+        """
+        with self._syncing:
+            if self._synced < position:
+                reached = self.ring.head
+                self._map.flush()
+                self._synced = reached
+
+    def close(self, keep: bool) -> None:
+        """Let go of file and lock.
+
+        Args:
+            keep: Whether the file stays, for the next process to recover what is in it.
+        """
+        self.ring.buffer.release()
+        self._map.close()
+        if not keep:
+            self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+class JournalHandoff(MemoryHandoff):
+    """The `durability="process"` and `"disk"` hand-off: the plain queue, and a ring beside it.
+
+    The listener is served from the queue; the ring is read by who comes after a crash.
+
+    Args:
+        directory: Where the rings lie; exists.
+        capacity: Events that may wait.
+        ring_bytes: Size of the ring.
+        always_sync: Whether every call returns after its event is on the disk.
+
+    Raises:
+        OSError: The file system has no room, or can not map, lock or preallocate.
+    """
+
+    def __init__(self, directory: Path, capacity: int, ring_bytes: int, always_sync: bool) -> None:
+        super().__init__(capacity)
+        self.durability = "disk" if always_sync else "process"
+        self._always_sync = always_sync
+        self._directory = directory
+        self._largest = ring_bytes // LARGEST_SHARE
+        self._rings = [MappedRing(directory, size) for size in (ring_bytes, NESTED_BYTES)]
+        # Re-entrant: a signal handler may log while its thread is in here.
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._closed = False
+        self._large: set[MappedRing] = set()
+        self._entries: dict[str, tuple[MappedRing, int, int, bool]] = {}
+
+    def put(self, event: EncodedEvent, sync: bool = False) -> bool:
+        """Accept an event, or return False when full. It is safe from a kill when this returns.
+
+        Args:
+            event: What is handed off.
+            sync: Whether to return only after it is on the disk.
+        """
+        payload = pack(event)
+        sync = sync or self._always_sync
+        with self._lock:
+            # At each depth a ring of its own: what was interrupted finds its ring as it left it.
+            depth = self._depth
+            self._depth = depth + 1
+            try:
+                found = self._append(payload, depth)
+                if found is None:
+                    return False
+                ring, begin, end = found
+                self._queue.put((event, ring, begin, end, sync))
+            finally:
+                self._depth = depth
+        if sync:
+            ring.sync(end)
+        return True
+
+    def _append(self, payload: bytes, depth: int) -> tuple[MappedRing, int, int] | None:
+        if self._closed or self.depth >= self._capacity:
+            return None
+        if space(payload) > self._largest:
+            ring = MappedRing(self._directory, space(payload) + ALIGN)
+            self._large.add(ring)
+        elif depth < len(self._rings):
+            ring = self._rings[depth]
+        else:
+            return None
+        region = ring.ring.append(payload)
+        return None if region is None else (ring, *region)
+
+    def take(self, limit: int, timeout_seconds: float) -> tuple[list[EncodedEvent], Marker | None]:
+        """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
+        entries, marker = self._take_entries(limit, timeout_seconds)
+        for event, *region in entries:
+            self._entries[event.id] = tuple(region)
+        return [entry[0] for entry in entries], marker
+
+    def must_sync(self, events: Iterable[EncodedEvent]) -> bool:
+        """Return whether any of these has to be on the disk before its ring lets go of it."""
+        return any(self._entries[e.id][3] for e in events if e.id in self._entries)
+
+    def written(self, events: Iterable[EncodedEvent]) -> None:
+        """Let go of events that are in their files."""
+        for event in events:
+            entry = self._entries.pop(event.id, None)
+            if entry is not None:
+                ring, begin, end, _ = entry
+                ring.ring.done(begin, end)
+                if ring in self._large:
+                    self._large.discard(ring)
+                    ring.close(keep=False)
+        if not self._entries and not self.depth:
+            self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Free what a call left that was interrupted (Ctrl-C) between its ring and its queue."""
+        with self._lock:
+            if not self._depth and not self.depth and not self._closed:
+                for ring in self._rings:
+                    if ring.ring.tail != ring.ring.head:
+                        ring.ring.clear()
+
+    def close(self) -> bool:
+        """End; return True, as what is left stays in its file for the next process."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for ring in (*self._rings, *self._large):
+                    ring.close(keep=ring.ring.tail != ring.ring.head)
+        return True
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's files without touching what is in them."""
+        self._lock = threading.RLock()
+        self._closed = True
+        for ring in (*self._rings, *self._large):
+            with contextlib.suppress(OSError, BufferError):
+                ring.close(keep=True)
+
+
+def journal_directory(base: Path, directory_mode: int) -> Path:
+    """Return our own directory below a base, made where it is missing."""
+    directory = base / OWN_DIRECTORY
+    os.makedirs(base, directory_mode, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    return directory

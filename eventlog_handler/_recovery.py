@@ -1,0 +1,238 @@
+"""What dead processes left: events in their rings, torn tails in their files.
+
+Any step may be interrupted and done again: an event whose id stands in its session's files already
+is not written twice, and a ring goes only when all of it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import orjson
+
+from eventlog_handler._encode import process_id
+from eventlog_handler._journal import OWN_DIRECTORY, SUFFIX
+from eventlog_handler._report import Report
+from eventlog_handler._ring import Damage, read_ring
+from eventlog_handler.typing import EncodedEvent
+
+TAIL_BYTES = 64 * 1024 * 1024
+"""How much of a file is searched for ids: more than any ring holds."""
+STALE_SECONDS = 60.0
+_ID = rb'^\{"timestamp":"[^"]*","id":"(%b-[0-9a-f]+)",'
+_ARRAY_END = b"\n]\n"
+
+
+def recover(
+    base: Path,
+    directory_of: Callable[[str | None], Path],
+    write: Callable[[str | None, list[EncodedEvent]], None],
+    report: Report,
+) -> int:
+    """Write what dead processes handed off and did not write.
+
+    Args:
+        base: The base directory.
+        directory_of: Where a session's files are.
+        write: Writes events of a session; raises OSError, and then this is to be tried again.
+        report: Counts what is damaged.
+
+    Returns:
+        How many events were written.
+
+    Raises:
+        OSError: A file could not be read or written; nothing is lost by it.
+    """
+    own = base / OWN_DIRECTORY
+    with contextlib.suppress(FileNotFoundError):
+        _remove_unfinished(own)
+    count = 0
+    for process, paths in itertools.groupby(sorted(own.glob(f"*{SUFFIX}")), _process_of):
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(_locked(path)) for path in paths]
+            rings = dict(ring for ring in found if ring is not None)
+            if rings:
+                # A living process may have left one too: of a handler that it has closed.
+                dead = len(rings) == len(found) and process != process_id()
+                since = _begun(rings) if dead else None
+                count += _recover_process(base, process, rings, since, directory_of, write, report)
+    return count
+
+
+def _begun(rings: Iterable[Path]) -> float:
+    return min(int(path.stem.rpartition("-")[2], 16) for path in rings)
+
+
+def _process_of(path: Path) -> str:
+    return path.name.partition("-")[0]
+
+
+def _remove_unfinished(own: Path) -> None:
+    """Remove rings whose process died while it made them, after a time in which none does."""
+    for path in own.glob("*.new"):
+        if path.stat().st_mtime < time.time() - STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[tuple[Path, int] | None]:
+    """Open and lock a dead process's ring; None where it lives, or its ring is gone."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield (path, fd) if os.fstat(fd).st_nlink else None
+    except BlockingIOError:
+        yield None
+    finally:
+        os.close(fd)
+
+
+def _recover_process(
+    base: Path,
+    process: str,
+    rings: dict[Path, int],
+    since: float | None,
+    directory_of: Callable[[str | None], Path],
+    write: Callable[[str | None, list[EncodedEvent]], None],
+    report: Report,
+) -> int:
+    events: list[EncodedEvent] = []
+    damage: list[tuple[Path, Damage]] = []
+    for path, fd in rings.items():
+        found, damaged = read_ring(os.pread(fd, os.fstat(fd).st_size, 0))
+        events += found
+        damage += [(path, each) for each in damaged]
+    if since is not None:
+        repair_tails(base, process, since)
+    # Numbers go up along each thread's calls, also where a signal handler used another ring.
+    events.sort(key=lambda event: int(event.id.rpartition("-")[2], 16))
+    count = 0
+    for session_id, theirs in _by_session(events).items():
+        there = written_ids(directory_of(session_id), process)
+        missing = [event for event in theirs if event.id not in there]
+        if missing:
+            write(session_id, missing)
+            count += len(missing)
+    _keep_aside(base / OWN_DIRECTORY / "damaged", damage, report)
+    if count:
+        # The ring may have been synced, and so must be what takes its place.
+        os.sync()
+    for path in rings:
+        path.unlink()
+    return count
+
+
+def _by_session(events: Iterable[EncodedEvent]) -> dict[str | None, list[EncodedEvent]]:
+    found: dict[str | None, list[EncodedEvent]] = {}
+    for event in events:
+        found.setdefault(event.session_id, []).append(event)
+    return found
+
+
+def _keep_aside(directory: Path, damage: list[tuple[Path, Damage]], report: Report) -> None:
+    for path, each in damage:
+        _save(directory, f"{path.stem}-{each.position}", each.content)
+        report.drop("damaged")
+
+
+def _save(directory: Path, name: str, content: bytes) -> None:
+    directory.mkdir(mode=0o700, exist_ok=True)
+    # A name of its own each time: after a kill the same bytes may be kept twice.
+    path = directory / f"{name[:150]}-{secrets.token_hex(4)}"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(fd, "wb") as file:
+        file.write(content)
+
+
+def written_ids(directory: Path, process: str) -> set[str]:
+    """Return the ids of a process's events that stand in whole lines of a session's files."""
+    pattern = re.compile(_ID % process.encode(), re.MULTILINE)
+    ids: set[str] = set()
+    for path in _files(directory):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            content = file.read()
+        begin = content.find(b"\n") + 1 if size > TAIL_BYTES else 0
+        whole = content[begin : content.rfind(b"\n") + 1]
+        ids |= {found.decode() for found in pattern.findall(whole)}
+    return ids
+
+
+def _files(directory: Path) -> list[Path]:
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+    return [Path(entry) for entry in entries if entry.is_file(follow_symlinks=False)]
+
+
+def repair_tails(base: Path, process: str, since: float) -> None:
+    """Cut what a dead process did not finish writing off its files, and keep it aside.
+
+    Args:
+        base: The base directory.
+        process: What the process's ids begin with; files of others are left alone.
+        since: Unix time of its beginning; older files are not its own.
+    """
+    for folder, folders, names in os.walk(base):
+        if OWN_DIRECTORY in folders:
+            folders.remove(OWN_DIRECTORY)
+        for name in names:
+            path = Path(folder, name)
+            found = path.lstat()
+            ours = path.suffix in (".jsonl", ".json") and stat.S_ISREG(found.st_mode)
+            if ours and found.st_mtime >= since - 2:
+                _repair(base, path, process.encode())
+
+
+def _repair(base: Path, path: Path, process: bytes) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = b"\n" if path.suffix == ".jsonl" else _ARRAY_END
+        file.seek(max(0, size - len(end)))
+        if not size or file.read() == end:
+            return
+        file.seek(0)
+        content = file.read()
+        if b'"id":"' + process + b"-" not in content[:256]:
+            return
+        keep, closing = _whole(content, path.suffix)
+        _save(_torn_directory(base), f"{path.parent.name}-{path.name}", content[keep:])
+        file.seek(keep)
+        file.write(closing)
+        file.truncate()
+
+
+def _torn_directory(base: Path) -> Path:
+    return base / OWN_DIRECTORY / "torn"
+
+
+def _whole(content: bytes, suffix: str) -> tuple[int, bytes]:
+    """Return how many bytes of a torn file are whole lines, and what has to follow them."""
+    if suffix == ".jsonl":
+        return content.rfind(b"\n") + 1, b""
+    position = keep = content.find(b"\n") + 1
+    for line in content[position:].split(b"\n"):
+        try:
+            orjson.loads(line.removesuffix(b","))
+        except ValueError:
+            break
+        position += len(line) + 1
+        keep = position
+    kept = content[:keep].rstrip(b",\n")
+    return len(kept), _ARRAY_END

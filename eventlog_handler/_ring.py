@@ -1,0 +1,231 @@
+"""The journal's ring: how events stand in a mapped file, and how they are found again.
+
+A store into a shared mapping is in the page cache at once, so it is there after `kill -9` without a
+system call on the caller's side. Layout, in little-endian 64-bit words:
+
+```
+0      header: magic, capacity, nonce, checksum      a second copy lies at 512
+1024   tail: position, checksum                      a second slot lies at 1536
+2048   head: position (a hint)
+4096   ring of `capacity` bytes
+```
+
+A record is its position xor the nonce, its length and CRC-32 in one word, then the payload, padded
+to 16 bytes; one without payload says that the rest of the lap is empty. Positions count from 0 and
+never wrap, only their place in the ring does: so what an earlier lap left can be told from what is
+new, and a reader that has lost its way finds the next record.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from typing import NamedTuple
+
+from eventlog_handler.typing import EncodedEvent
+
+MAGIC = int.from_bytes(b"EVLRING1", "little")
+HEADER_BYTES = 4096
+ALIGN = 16
+_COPIES = (0, 512)
+_TAILS = (1024, 1536)
+_HEAD = 2048
+_WORD = struct.Struct("<Q")
+_WORDS = struct.Struct("<QQ")
+_FIELDS = struct.Struct("<QQQ")
+_HEADER = struct.Struct("<QQQQ")
+_PAYLOAD = struct.Struct("<BHIi")
+
+
+class Damage(NamedTuple):
+    """Bytes of a ring that should have been records and are not."""
+
+    position: int
+    content: bytes
+
+
+def pack(event: EncodedEvent) -> bytes:
+    """Return an event as a record's payload."""
+    kind = event.type.encode("utf-8", "surrogatepass")
+    session = (event.session_id or "").encode("utf-8", "surrogatepass")
+    known = -1 if event.session_id is None else len(session)
+    ids = event.id.encode()
+    lengths = _PAYLOAD.pack(len(ids), len(event.timestamp), len(kind), known)
+    return b"".join((lengths, ids, event.timestamp.encode(), kind, session, event.body))
+
+
+def unpack(payload: bytes) -> EncodedEvent:
+    """Return the event of a payload that `pack` made."""
+    ids, stamp, kind, session = _PAYLOAD.unpack_from(payload)
+    ends = [_PAYLOAD.size]
+    for length in (ids, stamp, kind, max(0, session)):
+        ends.append(ends[-1] + length)
+    texts = [payload[a:b].decode("utf-8", "surrogatepass") for a, b in itertools.pairwise(ends)]
+    session_id = None if session < 0 else texts[3]
+    return EncodedEvent(session_id, texts[2], texts[0], texts[1], payload[ends[-1] :])
+
+
+def _check(position: int, payload: bytes) -> int:
+    """Return a record's second word: its length, and a checksum that covers where it stands."""
+    return len(payload) << 32 | zlib.crc32(payload, zlib.crc32(_WORDS.pack(position, len(payload))))
+
+
+def space(payload: bytes) -> int:
+    """Return how many bytes a record takes."""
+    return 16 + (len(payload) + ALIGN - 1) // ALIGN * ALIGN
+
+
+class Ring:
+    """Writes records into a buffer; knows nothing of files, threads or signals.
+
+    Args:
+        buffer: `HEADER_BYTES` and the ring, a multiple of 16 bytes; all zeros.
+        nonce: What positions are xor-ed with: random, so that no content can pass for a record.
+    """
+
+    def __init__(self, buffer: memoryview, nonce: int) -> None:
+        self.buffer = buffer
+        self._nonce = nonce
+        self.capacity = len(buffer) - HEADER_BYTES
+        self.head = self.tail = 0
+        self._tail_writes = 0
+        self._done: dict[int, int] = {}
+        fields = (MAGIC, self.capacity, nonce)
+        header = _HEADER.pack(*fields, zlib.crc32(_FIELDS.pack(*fields)))
+        for at in _COPIES:
+            buffer[at : at + len(header)] = header
+        for _ in _TAILS:
+            self._advance(0)
+
+    def append(self, payload: bytes) -> tuple[int, int] | None:
+        """Write a record; return where it begins and ends, or None where there is no room.
+
+        It counts from its second word on, which is written last. What is cut off before that, by a
+        kill or by an exception, is overwritten by the next.
+        """
+        size = space(payload)
+        start = self.head
+        left = self.capacity - start % self.capacity
+        record_at = start if size <= left else start + left
+        end = record_at + size
+        if end - self.tail > self.capacity:
+            return None
+        if record_at != start:
+            self._write(start, b"")
+        self._write(record_at, payload)
+        self.buffer[_HEAD : _HEAD + 8] = _WORD.pack(end)
+        self.head = end
+        return start, end
+
+    def _write(self, position: int, payload: bytes) -> None:
+        at = HEADER_BYTES + position % self.capacity
+        buffer = self.buffer
+        buffer[at + 16 : at + 16 + len(payload)] = payload
+        buffer[at : at + 8] = _WORD.pack(position ^ self._nonce)
+        buffer[at + 8 : at + 16] = _WORD.pack(_check(position, payload))
+
+    def done(self, begin: int, end: int) -> None:
+        """Let go of a record; its room is free once all before it are done too."""
+        self._done[begin] = end
+        tail = self.tail
+        while tail in self._done:
+            tail = self._done.pop(tail)
+        if tail != self.tail:
+            self._advance(tail)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._done.clear()
+        self._advance(self.head)
+
+    def _advance(self, position: int) -> None:
+        # In turns, so that one of the two slots is whole whenever the process dies.
+        at = _TAILS[self._tail_writes % 2]
+        self._tail_writes += 1
+        self.buffer[at : at + 16] = _WORDS.pack(position, zlib.crc32(_WORD.pack(position)))
+        self.tail = position
+
+
+def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
+    """Return the events that stand in a ring, in order, and what is damaged.
+
+    Args:
+        content: The whole file.
+
+    Returns:
+        Events, and stretches in which a record should be and cannot be read; a file whose header
+        cannot be read is one such stretch, unless it was never written.
+    """
+    header = _read_header(content)
+    if header is None:
+        return [], [Damage(0, content)] if content.strip(b"\0") else []
+    capacity, nonce = header
+    position = _read_tail(content)
+    end = position + capacity
+    head = _WORD.unpack_from(content, _HEAD)[0]
+    events: list[EncodedEvent] = []
+    damage: list[Damage] = []
+    lost_at: int | None = None
+    # Up to `head` a record that cannot be read is damage, and the next one is looked for. One more
+    # may follow: of a process that died before it noted its last record there.
+    while position < end:
+        record = _read_record(content, capacity, nonce, position, end)
+        if record is None:
+            if not position < head <= end:
+                break
+            lost_at = position if lost_at is None else lost_at
+            position += ALIGN
+            continue
+        if lost_at is not None:
+            damage.append(_stretch(content, capacity, lost_at, position))
+            lost_at = None
+        payload, position = record
+        if payload:
+            events.append(unpack(payload))
+    if lost_at is not None:
+        damage.append(_stretch(content, capacity, lost_at, head))
+    return events, damage
+
+
+def _read_header(content: bytes) -> tuple[int, int] | None:
+    for at in _COPIES:
+        if len(content) >= HEADER_BYTES:
+            magic, capacity, nonce, check = _HEADER.unpack_from(content, at)
+            whole = check == zlib.crc32(_FIELDS.pack(magic, capacity, nonce))
+            if whole and magic == MAGIC and capacity == len(content) - HEADER_BYTES:
+                return capacity, nonce
+    return None
+
+
+def _read_tail(content: bytes) -> int:
+    """Return the newer of the slots that are whole. An older one costs a second look at ids."""
+    positions = [
+        position
+        for position, check in (_WORDS.unpack_from(content, at) for at in _TAILS)
+        if check == zlib.crc32(_WORD.pack(position))
+    ]
+    return max(positions, default=0)
+
+
+def _read_record(
+    content: bytes, capacity: int, nonce: int, position: int, end: int
+) -> tuple[bytes, int] | None:
+    """Return the payload of the record at `position` and where the next one is, or None."""
+    at = HEADER_BYTES + position % capacity
+    tag, word = _WORDS.unpack_from(content, at)
+    if tag != position ^ nonce:
+        return None
+    length = word >> 32
+    payload = content[at + 16 : at + 16 + length]
+    if len(payload) != length or word != _check(position, payload):
+        return None
+    left = capacity - position % capacity
+    following = position + (space(payload) if payload else left)
+    return (payload, following) if following <= end else None
+
+
+def _stretch(content: bytes, capacity: int, begin: int, end: int) -> Damage:
+    ring = content[HEADER_BYTES:]
+    begin, end = begin % capacity, (end - 1) % capacity + 1
+    return Damage(begin, ring[begin:end] if begin < end else ring[begin:] + ring[:end])
