@@ -6,7 +6,7 @@ logger.info(…)            structlog chain              await gateway(event)
      └── record → event ───────┴── dict → event ──┐           │
                  encoded once, on the caller: a snapshot       │
                                │                               │
-                            hand-off                           │
+                hand-off journal (mapped, crash-safe)         │
                                │  listener thread, batches     │
                                └────────► EventSessionLogger ◄─┘
                                              │ 1. session file (always first)
@@ -17,12 +17,14 @@ logger.info(…)            structlog chain              await gateway(event)
 
 Where to look, from the top; a module imports only from below it:
 
-- `handler.py`, `processor.py`, `factories.py`: the ways in.
+- `handler.py`, `processor.py`, `factories.py`: the ways in. `_feed.py`: what the first two share.
 - `_listener.py`: the thread behind handler and processor, their shutdown and fork.
 - `session_logger.py`: the gateway. What it does for an event stands in `__call__`.
 - `_delivery.py`: the thread of the transports. `_lanes.py`: one downstream's queue and retries.
 - `_intake.py`: an event's fields → its snapshot. `_waiter.py`: waiting for the delivery thread.
-- `_files.py`: session files. `_handoff.py`: from the callers' threads to the listener's.
+- `_files.py`: session files. `_handoff.py`, `_journal.py`: from the callers' threads to the
+  listener's, in memory or crash-safe. `_ring.py`: the journal's format.
+- `_recovery.py`: what dead processes left.
 - `_snapshot.py`: what was logged → an event's fields. `_encode.py`: any value → JSON.
 - `_paths.py`: ids and patterns → names. `_config.py`: every option. `redact.py`: processors.
 - `_context.py`, `_breaker.py`, `_lifecycle.py`, `_report.py`: session_context · breaker · exit and

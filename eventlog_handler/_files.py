@@ -297,7 +297,7 @@ class SessionFiles:
                     with self._directory(session_id) as directory:
                         os.fsync(directory)
                     for level in self.directory(session_id).parents:
-                        _sync_directory(level)
+                        sync_directory(level)
                         if level == self._paths.base:
                             break
                     file.named = True
@@ -317,7 +317,8 @@ class SessionFiles:
         self._known.clear()
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk; raises OSError."""
     fd = os.open(path, _DIRECTORY)
     try:
         os.fsync(fd)

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eventlog_handler._encode import process_id
+from eventlog_handler._files import sync_directory
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, pack, space
 from eventlog_handler.typing import EncodedEvent, Marker
@@ -82,6 +83,11 @@ class MappedRing:
             if self._synced < position:
                 reached = self.ring.head
                 self._map.flush()
+                if not self._synced:
+                    # A file on the disk is of no use without its name there.
+                    own = self.path.parent
+                    for directory in (own, own.parent, own.parent.parent):
+                        sync_directory(directory)
                 self._synced = reached
 
     def close(self, keep: bool) -> None:
@@ -90,8 +96,9 @@ class MappedRing:
         Args:
             keep: Whether the file stays, for the next process to recover what is in it.
         """
-        self.ring.buffer.release()
-        self._map.close()
+        with self._syncing:
+            self.ring.buffer.release()
+            self._map.close()
         if not keep:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)

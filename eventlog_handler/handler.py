@@ -29,10 +29,12 @@ class EventLogHandler(logging.Handler):
         level: As for every handler.
         gateway: A gateway to share; its options are its own then.
         **options: All options of `EventSessionLogger`, and those of the hand-off.
-            `durability`: `memory`, what waits is lost with a killed process. `overflow`: `block` or
-            `drop`, when the hand-off is full. `block_timeout_seconds`: the longest that a call is
-            blocked then, after which its event is dropped and counted. `handoff_capacity`: events
-            that may wait. `missing_session`: `unknown` puts events without a session into a
+            `durability`: what an event survives once its call has returned: `memory` nothing,
+            `process` a killed process, `disk` a power cut. `sync_level`: from which level on a
+            record is treated as with `disk`. `ring_bytes`: the journal's size. `overflow`: `block`
+            or `drop`, when the hand-off is full. `block_timeout_seconds`: the longest that a call
+            is blocked then, after which its event is dropped and counted. `handoff_capacity`:
+            events that may wait. `missing_session`: `unknown` puts events without a session into a
             directory of their own, `ignore` leaves them out and counts them.
 
     Raises:

@@ -25,7 +25,7 @@ RANKS = {
     "session_logger": 4,
     "_delivery": 3.5,
     "_recovery": 3.5,
-    "_journal": 3,
+    "_journal": 3.2,
     "_ring": 1,
     "_lanes": 3,
     "_intake": 3,
