@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import os
 import secrets
 import time
 from collections import deque
@@ -186,12 +185,10 @@ def process_id() -> str:
     return _prefix
 
 
-def _forked() -> None:
+def renew_process_id() -> None:
+    """In a forked child: give its events ids of their own."""
     global _prefix
     _prefix = secrets.token_hex(10)
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 _second: tuple[int, str] = (0, "1970-01-01T00:00:00")

@@ -30,7 +30,8 @@ SUFFIX = ".ring"
 NESTED_BYTES = 256 * 1024
 """The ring for calls that interrupt another call in its critical section: signal handlers."""
 LARGEST_SHARE = 4
-"""An event may take a fourth of the ring; a larger one gets a file of its own."""
+"""An event may take a fourth of the ring; a larger one gets a file of its own, and so does one from
+a signal handler that interrupted a signal handler in here."""
 _numbers = itertools.count(1)
 
 
@@ -145,8 +146,8 @@ class JournalHandoff(MemoryHandoff):
         with self._lock:
             # At each depth a ring of its own: what was interrupted finds its ring as it left it.
             depth = self._depth
-            self._depth = depth + 1
             try:
+                self._depth = depth + 1
                 found = self._append(payload, depth)
                 if found is None:
                     return False
@@ -161,13 +162,11 @@ class JournalHandoff(MemoryHandoff):
     def _append(self, payload: bytes, depth: int) -> tuple[MappedRing, int, int] | None:
         if self._closed or self.depth >= self._capacity:
             return None
-        if space(payload) > self._largest:
+        if space(payload) > self._largest or depth >= len(self._rings):
             ring = MappedRing(self._directory, space(payload) + ALIGN)
             self._large.add(ring)
-        elif depth < len(self._rings):
-            ring = self._rings[depth]
         else:
-            return None
+            ring = self._rings[depth]
         region = ring.ring.append(payload)
         return None if region is None else (ring, *region)
 

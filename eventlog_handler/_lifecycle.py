@@ -10,6 +10,8 @@ import time
 import weakref
 from typing import Protocol
 
+from eventlog_handler._encode import renew_process_id
+
 
 class Owner(Protocol):
     """Something that owns threads, descriptors or locks."""
@@ -60,6 +62,8 @@ def end_all() -> None:
 
 def reset_all() -> None:
     """Reset every owner in a forked child."""
+    # First, as owners name files by it.
+    renew_process_id()
     for owner in _living():
         owner.after_fork_in_child()
     _hook_multiprocessing()

@@ -3,6 +3,8 @@
 Needs Python 3.10 or later and nothing else. What it installs goes to `.venv-test` in this checkout.
 """
 
+import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,12 +13,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+TOOLS = {"strace": "strace", "mkfs.ext4": "e2fsprogs", "mount": "mount"}
+"""What the reliability tests need beside Python, and the Debian packages that have it."""
+
+
+def install_tools() -> None:
+    """Install missing tools where that can be done; elsewhere the tests skip, with their reason."""
+    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        print("+ apt-get install", *missing, flush=True)
+        subprocess.run(["apt-get", "update", "-qq"])
+        subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *missing])
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit code of the first step that fails, or 0."""
     folder = ROOT / ".venv-test"
     python = str(folder / "bin" / "python")
     if not Path(python).exists():
         venv.create(folder, with_pip=True)
+    install_tools()
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     steps = [
         [*pip, "--editable", f"{ROOT}[test]"],

@@ -439,7 +439,7 @@ def test_ids_are_unique_and_count_up() -> None:
     assert int(following, 16) == int(number, 16) + 1
 
 
-def test_forked_child_gets_a_prefix_of_its_own() -> None:
+def testrenew_process_id_child_gets_a_prefix_of_its_own() -> None:
     """A child process never gives the ids that its parent gives."""
     program = (
         "import os\n"
@@ -458,7 +458,7 @@ def test_forked_child_gets_a_prefix_of_its_own() -> None:
 def test_fork_hook_draws_another_prefix() -> None:
     """What runs in the child after a fork changes the prefix of all later ids."""
     before = new_id().split("-")[0]
-    _encode._forked()
+    _encode.renew_process_id()
     assert new_id().split("-")[0] != before
 
 

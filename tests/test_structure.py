@@ -43,7 +43,7 @@ RANKS = {
     "_context": 1,
     "_breaker": 1,
     "_report": 1,
-    "_lifecycle": 1,
+    "_lifecycle": 1.2,
     "_waiter": 1,
     "typing": 0,
     "events": 0,
