@@ -282,28 +282,42 @@ class SessionFiles:
         while len(self._open) > keep:
             _close(self._open.popitem(last=False)[1])
 
-    def sync(self, session_id: str | None) -> None:
+    def sync(self, session_id: str | None) -> OSError | None:
         """Have a session's file on the disk, and its name.
 
+        Returns:
+            None once they are; else an error after which it is to be tried again.
+
         Raises:
-            OSError: It is not. The file is given up, as the kernel may have dropped what it could
-                not write: the same events go to a new one.
+            OSError: The kernel may have dropped what it could not write. The file is given up: its
+                last lines have to go to a new one.
         """
         with self._lock:
-            file = self._opened(session_id)
+            try:
+                file = self._opened(session_id)
+            except OSError as error:
+                return error
             try:
                 os.fdatasync(file.fd)
-                if not file.named:
-                    with self._directory(session_id) as directory:
-                        os.fsync(directory)
-                    for level in self.directory(session_id).parents:
-                        sync_directory(level)
-                        if level == self._paths.base:
-                            break
-                    file.named = True
             except OSError:
                 self._forget(session_id)
                 raise
+            try:
+                if not file.named:
+                    self._sync_names(session_id)
+                    file.named = True
+            except OSError as error:
+                return error
+            return None
+
+    def _sync_names(self, session_id: str | None) -> None:
+        with self._directory(session_id) as directory:
+            os.fsync(directory)
+        # The levels above it, up to the one that has the base's own name.
+        above = self._paths.base.parent
+        for level in self.directory(session_id).relative_to(above).parts:
+            sync_directory(above)
+            above /= level
 
     def close(self) -> None:
         """Close every descriptor. A later `append` opens its file again."""

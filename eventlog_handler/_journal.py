@@ -47,12 +47,13 @@ class MappedRing:
     Args:
         directory: Exists.
         ring_bytes: Rounded up to pages.
+        note: For who recovers it.
 
     Raises:
         OSError: There is no room, or no mapping or lock on this file system.
     """
 
-    def __init__(self, directory: Path, ring_bytes: int) -> None:
+    def __init__(self, directory: Path, ring_bytes: int, note: bytes = b"") -> None:
         size = HEADER_BYTES + -(-ring_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         # The time lets a recovery leave files alone that are older than this process's first line.
         name = f"{process_id()}-{next(_numbers)}-{int(time.time()):x}"
@@ -66,13 +67,14 @@ class MappedRing:
             # Never sparse: on a full disk the first touch of a hole is a SIGBUS.
             _allocate(self._fd, size)
             self._map = mmap.mmap(self._fd, size)
-            self.ring = Ring(memoryview(self._map), secrets.randbits(64))
+            self.ring = Ring(memoryview(self._map), secrets.randbits(64), note)
             os.rename(making, self.path)
         except BaseException:
             os.close(self._fd)
             making.unlink(missing_ok=True)
             raise
         self._synced = 0
+        self._closed = False
         self._syncing = threading.RLock()
 
     def sync(self, position: int) -> None:
@@ -81,7 +83,8 @@ class MappedRing:
         Those who come while one waits for the disk share the next wait (group commit).
         """
         with self._syncing:
-            if self._synced < position:
+            # Closed meanwhile: the listener has written it, and synced its file.
+            if self._synced < position and not self._closed:
                 reached = self.ring.head
                 self._map.flush()
                 if not self._synced:
@@ -98,6 +101,7 @@ class MappedRing:
             keep: Whether the file stays, for the next process to recover what is in it.
         """
         with self._syncing:
+            self._closed = True
             self.ring.buffer.release()
             self._map.close()
         if not keep:
@@ -115,18 +119,33 @@ class JournalHandoff(MemoryHandoff):
         capacity: Events that may wait.
         ring_bytes: Size of the ring.
         always_sync: Whether every call returns after its event is on the disk.
+        unknown_directory: Below the base, where events without a session go.
 
     Raises:
         OSError: The file system has no room, or can not map, lock or preallocate.
     """
 
-    def __init__(self, directory: Path, capacity: int, ring_bytes: int, always_sync: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        capacity: int,
+        ring_bytes: int,
+        always_sync: bool,
+        unknown_directory: str = "",
+    ) -> None:
+        note = unknown_directory.encode()
         super().__init__(capacity)
         self.durability = "disk" if always_sync else "process"
         self._always_sync = always_sync
+        self._note = note
         self._directory = directory
         self._largest = ring_bytes // LARGEST_SHARE
-        self._rings = [MappedRing(directory, size) for size in (ring_bytes, NESTED_BYTES)]
+        self._rings = [MappedRing(directory, ring_bytes, note)]
+        try:
+            self._rings.append(MappedRing(directory, NESTED_BYTES, note))
+        except BaseException:
+            self._rings[0].close(keep=False)
+            raise
         # Re-entrant: a signal handler may log while its thread is in here.
         self._lock = threading.RLock()
         self._depth = 0
@@ -163,7 +182,7 @@ class JournalHandoff(MemoryHandoff):
         if self._closed or self.depth >= self._capacity:
             return None
         if space(payload) > self._largest or depth >= len(self._rings):
-            ring = MappedRing(self._directory, space(payload) + ALIGN)
+            ring = MappedRing(self._directory, space(payload) + ALIGN, self._note)
             self._large.add(ring)
         else:
             ring = self._rings[depth]

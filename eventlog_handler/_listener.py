@@ -45,6 +45,7 @@ class Listener:
         self._durability = self._handoff.durability
         self._recover_at = 0.0
         self._kept: dict[str | None, list[EncodedEvent]] = {}
+        self._unsynced: dict[str | None, list[EncodedEvent]] = {}
         self._failing = False
         self._running = False
         self._ending = False
@@ -68,7 +69,10 @@ class Listener:
         try:
             directory = journal_directory(settings.log_base_dir, settings.directory_mode)
             ring_bytes = self._options["ring_bytes"]
-            return JournalHandoff(directory, self._capacity, ring_bytes, level == "disk")
+            unknown = self.gateway.get_session_directory(None)
+            below = "/".join(unknown.relative_to(settings.log_base_dir).parts)
+            sync = level == "disk"
+            return JournalHandoff(directory, self._capacity, ring_bytes, sync, below)
         except OSError as error:
             warn("journal", f"durability is 'memory': no journal can be made ({error.strerror})")
             self.gateway._report.tell(error, "journal")
@@ -78,6 +82,11 @@ class Listener:
     def shutdown_timeout_seconds(self) -> float:
         """The gateway's budget."""
         return self.gateway._settings.shutdown_timeout_seconds
+
+    @property
+    def is_current_thread(self) -> bool:
+        """Whether the caller runs on the listener's own thread."""
+        return threading.current_thread() is self._thread
 
     @property
     def depth(self) -> int:
@@ -96,7 +105,12 @@ class Listener:
             event: What is handed off.
             sync: Whether to return only after it is on the disk.
         """
-        accepted = self._handoff.put(event, sync)
+        try:
+            accepted = self._handoff.put(event, sync)
+        except OSError as error:
+            # It is handed off, and not on the disk: its file will be synced, or tried until it is.
+            self.gateway._report.local(error, "journal")
+            accepted = True
         # The thread clears the flag, then looks at the queue once more: one of us sees the other.
         if not self._running:
             self.start()
@@ -163,6 +177,7 @@ class Listener:
         if retired.close():
             # What could not be written is safe there, until the next process recovers it.
             self._kept.clear()
+        self._unsynced.clear()
         for event in events:
             self._handoff.put(event)
 
@@ -197,6 +212,8 @@ class Listener:
         self._failing = False
         for session_id in list(self._kept):
             self._write(session_id, self._kept[session_id])
+        for session_id in list(self._unsynced):
+            self._sync(session_id, self._unsynced[session_id])
         if marker is not None:
             marker()
 
@@ -206,8 +223,9 @@ class Listener:
             try:
                 count = self.gateway._write_and_hand_over(session_id, events)
                 if self._handoff.must_sync(events[:count]):
-                    self.gateway._files.sync(session_id)
-                self._handoff.written(events[:count])
+                    self._unsynced.setdefault(session_id, []).extend(events[:count])
+                else:
+                    self._handoff.written(events[:count])
                 del events[:count]
             except OSError as error:
                 # A full disk, a directory replaced by a link: other sessions may be better off.
@@ -223,10 +241,28 @@ class Listener:
                 del events[0]
         del self._kept[session_id]
 
+    def _sync(self, session_id: str | None, events: list[EncodedEvent]) -> None:
+        """Have written events on the disk before the journal lets go of them."""
+        try:
+            error = self.gateway._files.sync(session_id)
+        except OSError as lost:
+            # Their lines may be gone with it: once more, and to a new file.
+            error = lost
+            self._kept[session_id] = events + self._kept.get(session_id, [])
+            del self._unsynced[session_id]
+        if error is None:
+            del self._unsynced[session_id]
+            self._handoff.written(events)
+        else:
+            self._failing = True
+            self.gateway._report.local(error, "session file")
+            warn("sync", f"cannot sync a session file ({error.strerror}); it is tried again")
+
     @property
     def kept(self) -> int:
-        """How many events were taken from the hand-off and could not be written yet."""
-        return sum(map(len, list(self._kept.values())))
+        """How many events were taken from the hand-off and are not safe in their files yet."""
+        waiting = (*list(self._kept.values()), *list(self._unsynced.values()))
+        return sum(map(len, waiting))
 
     def _tell_losses(self) -> None:
         """Put a line for each new loss in front of what its session's file gets next."""
@@ -242,7 +278,7 @@ class Listener:
 
     def drain(self, deadline: float) -> bool:
         """Wait until all that was put before is written; return whether it was by `deadline`."""
-        if threading.current_thread() is self._thread:
+        if self.is_current_thread:
             # An error handler that flushes: waiting for itself would be until the deadline.
             return False
         reached = threading.Event()
@@ -280,7 +316,7 @@ class Listener:
         self._ending = True
         self._handoff.put_marker(lambda: None)
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and not self.is_current_thread:
             # It may be in the pause before its last try.
             thread.join(max(0.0, deadline - time.monotonic()) + RETRY_SECONDS)
         self.drain_here(deadline)
@@ -307,8 +343,10 @@ class Listener:
         """What was waiting is the parent's; the thread did not come along."""
         self._handoff.abandon()
         self._handoff = self._new_handoff()
+        self._durability = self._handoff.durability
         self._recover_at = time.monotonic() + RECOVERY_SECONDS
         self._kept = {}
+        self._unsynced = {}
         self._running = False
         self._starting = threading.Lock()
         self._consuming = threading.Lock()

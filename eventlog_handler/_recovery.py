@@ -14,21 +14,23 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import orjson
 
 from eventlog_handler._encode import process_id
 from eventlog_handler._journal import OWN_DIRECTORY, SUFFIX
 from eventlog_handler._report import Report
-from eventlog_handler._ring import Damage, read_ring
+from eventlog_handler._ring import Damage, read_note, read_ring
 from eventlog_handler.typing import EncodedEvent
 
 TAIL_BYTES = 64 * 1024 * 1024
 """How much of a file is searched for ids: more than any ring holds."""
 STALE_SECONDS = 60.0
 _ID = rb'^\{"timestamp":"[^"]*","id":"(%b-[0-9a-f]+)",'
+_NAME = re.compile(rf"[0-9a-f]+-[0-9]+-[0-9a-f]+{re.escape(SUFFIX)}")
 _ARRAY_END = b"\n]\n"
 
 
@@ -56,9 +58,10 @@ def recover(
     with contextlib.suppress(FileNotFoundError):
         _remove_unfinished(own)
     count = 0
-    for process, paths in itertools.groupby(sorted(own.glob(f"*{SUFFIX}")), _process_of):
+    paths = sorted(path for path in own.glob(f"*{SUFFIX}") if _NAME.fullmatch(path.name))
+    for process, theirs in itertools.groupby(paths, _process_of):
         with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(_locked(path)) for path in paths]
+            found = [stack.enter_context(_locked(path)) for path in theirs]
             rings = dict(ring for ring in found if ring is not None)
             if rings:
                 # A living process may have left one too: of a handler that it has closed.
@@ -111,28 +114,46 @@ def _recover_process(
 ) -> int:
     events: list[EncodedEvent] = []
     damage: list[tuple[Path, Damage]] = []
+    unknown: set[Path] = set()
     for path, fd in rings.items():
-        found, damaged = read_ring(os.pread(fd, os.fstat(fd).st_size, 0))
-        events += found
+        content = os.pread(fd, os.fstat(fd).st_size, 0)
+        found, damaged = read_ring(content)
         damage += [(path, each) for each in damaged]
-    if since is not None:
-        repair_tails(base, process, since)
+        below = read_note(content).decode("ascii", "replace")
+        if below:
+            # Events without a session keep the directory that their process chose: so whoever
+            # recovers them, and however often, looks in one place for what is written already.
+            unknown.add(base / below)
+            found = [_in_directory(event, Path(below).name) for event in found]
+        events += found
     # Numbers go up along each thread's calls, also where a signal handler used another ring.
     events.sort(key=lambda event: int(event.id.rpartition("-")[2], 16))
+    by_session = _by_session(events)
+    places = {
+        session_id: {directory_of(session_id)} | {p for p in unknown if p.name == session_id}
+        for session_id in by_session
+    }
+    if since is not None:
+        unwritten = {place: by_session[s] for s in places for place in places[s]}
+        repair_tails(base, process, since, unwritten)
     count = 0
-    for session_id, theirs in _by_session(events).items():
-        there = written_ids(directory_of(session_id), process)
+    for session_id, theirs in by_session.items():
+        there = set().union(*(written_ids(place, process) for place in places[session_id]))
         missing = [event for event in theirs if event.id not in there]
         if missing:
-            write(session_id, missing)
             count += len(missing)
+            write(session_id, missing)
     _keep_aside(base / OWN_DIRECTORY / "damaged", damage, report)
-    if count:
-        # The ring may have been synced, and so must be what takes its place.
+    if events:
+        # The ring may have been synced, and so must be what takes its place, old lines and new.
         os.sync()
     for path in rings:
         path.unlink()
     return count
+
+
+def _in_directory(event: EncodedEvent, name: str) -> EncodedEvent:
+    return event if event.session_id is not None else event._replace(session_id=name)
 
 
 def _by_session(events: Iterable[EncodedEvent]) -> dict[str | None, list[EncodedEvent]]:
@@ -180,13 +201,20 @@ def _files(directory: Path) -> list[Path]:
     return [Path(entry) for entry in entries if entry.is_file(follow_symlinks=False)]
 
 
-def repair_tails(base: Path, process: str, since: float) -> None:
+def repair_tails(
+    base: Path,
+    process: str,
+    since: float,
+    unwritten: Mapping[Path, list[EncodedEvent]] = MappingProxyType({}),
+) -> None:
     """Cut what a dead process did not finish writing off its files, and keep it aside.
 
     Args:
         base: The base directory.
         process: What the process's ids begin with; files of others are left alone.
         since: Unix time of its beginning; older files are not its own.
+        unwritten: By directory, events that it may have been writing: a line that is cut off before
+            its id tells its writer by nothing else.
     """
     for folder, folders, names in os.walk(base):
         if OWN_DIRECTORY in folders:
@@ -196,10 +224,10 @@ def repair_tails(base: Path, process: str, since: float) -> None:
             found = path.lstat()
             ours = path.suffix in (".jsonl", ".json") and stat.S_ISREG(found.st_mode)
             if ours and found.st_mtime >= since - 2:
-                _repair(base, path, process.encode())
+                _repair(base, path, process.encode(), unwritten.get(path.parent, []))
 
 
-def _repair(base: Path, path: Path, process: bytes) -> None:
+def _repair(base: Path, path: Path, process: bytes, unwritten: list[EncodedEvent]) -> None:
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
@@ -209,30 +237,41 @@ def _repair(base: Path, path: Path, process: bytes) -> None:
             return
         file.seek(0)
         content = file.read()
-        if b'"id":"' + process + b"-" not in content[:256]:
+        if not _is_of(process, content, unwritten):
             return
         keep, closing = _whole(content, path.suffix)
-        _save(_torn_directory(base), f"{path.parent.name}-{path.name}", content[keep:])
+        _save(base / OWN_DIRECTORY / "torn", f"{path.parent.name}-{path.name}", content[keep:])
         file.seek(keep)
         file.write(closing)
         file.truncate()
 
 
-def _torn_directory(base: Path) -> Path:
-    return base / OWN_DIRECTORY / "torn"
+def _is_of(process: bytes, content: bytes, unwritten: list[EncodedEvent]) -> bool:
+    """Return whether a torn file is one of a dead process's."""
+    # Its id may stand anywhere: the file may begin with what its process had recovered. And no
+    # living process writes a NUL: that is a page which a power cut took away.
+    if b'"id":"' + process + b"-" in content or content.endswith(b"\0"):
+        return True
+    number = content.count(b"\n")
+    fragment = content[content.rfind(b"\n") + 1 :]
+    if content.startswith(b"["):
+        fragment = fragment.removeprefix(b"[")
+    else:
+        number += 1
+    return any(event.line(number).startswith(fragment) for event in unwritten)
 
 
 def _whole(content: bytes, suffix: str) -> tuple[int, bytes]:
     """Return how many bytes of a torn file are whole lines, and what has to follow them."""
+    content = content.partition(b"\0")[0]
     if suffix == ".jsonl":
         return content.rfind(b"\n") + 1, b""
-    position = keep = content.find(b"\n") + 1
-    for line in content[position:].split(b"\n"):
+    keep = content.find(b"\n") + 1
+    for line in content[keep:].split(b"\n"):
         try:
             orjson.loads(line.removesuffix(b","))
         except ValueError:
             break
-        position += len(line) + 1
-        keep = position
-    kept = content[:keep].rstrip(b",\n")
-    return len(kept), _ARRAY_END
+        keep += len(line) + 1
+    kept = content[: max(1, keep)].rstrip(b",\n")
+    return (len(kept), _ARRAY_END) if kept else (0, b"[" + _ARRAY_END)

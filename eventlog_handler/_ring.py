@@ -7,6 +7,7 @@ system call on the caller's side. Layout, in little-endian 64-bit words:
 0      header: magic, capacity, nonce, checksum      a second copy lies at 512
 1024   tail: position, checksum                      a second slot lies at 1536
 2048   head: position (a hint)
+2560   note: length, checksum, text of the owner's
 4096   ring of `capacity` bytes
 ```
 
@@ -31,6 +32,7 @@ ALIGN = 16
 _COPIES = (0, 512)
 _TAILS = (1024, 1536)
 _HEAD = 2048
+_NOTE = 2560
 _WORD = struct.Struct("<Q")
 _WORDS = struct.Struct("<QQ")
 _FIELDS = struct.Struct("<QQQ")
@@ -82,9 +84,10 @@ class Ring:
     Args:
         buffer: `HEADER_BYTES` and the ring, a multiple of 16 bytes; all zeros.
         nonce: What positions are xor-ed with: random, so that no content can pass for a record.
+        note: Anything that a reader should know, up to 1,000 bytes.
     """
 
-    def __init__(self, buffer: memoryview, nonce: int) -> None:
+    def __init__(self, buffer: memoryview, nonce: int, note: bytes = b"") -> None:
         self.buffer = buffer
         self._nonce = nonce
         self.capacity = len(buffer) - HEADER_BYTES
@@ -95,6 +98,8 @@ class Ring:
         header = _HEADER.pack(*fields, zlib.crc32(_FIELDS.pack(*fields)))
         for at in _COPIES:
             buffer[at : at + len(header)] = header
+        text = _WORDS.pack(len(note), zlib.crc32(note)) + note
+        buffer[_NOTE : _NOTE + len(text)] = text
         for _ in _TAILS:
             self._advance(0)
 
@@ -157,13 +162,18 @@ def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
         Events, and stretches in which a record should be and cannot be read; a file whose header
         cannot be read is one such stretch, unless it was never written.
     """
-    header = _read_header(content)
+    header = _read_header(content) if len(content) >= HEADER_BYTES else None
     if header is None:
         return [], [Damage(0, content)] if content.strip(b"\0") else []
     capacity, nonce = header
-    position = _read_tail(content)
-    end = position + capacity
+    # What a cut took off reads as never written.
+    content = content.ljust(HEADER_BYTES + capacity, b"\0")
     head = _WORD.unpack_from(content, _HEAD)[0]
+    position, sure = _read_tail(content)
+    if not sure and position + capacity < head <= position + 2 * capacity:
+        # An older tail, part of whose lap is overwritten.
+        position = head - capacity
+    end = position + capacity
     events: list[EncodedEvent] = []
     damage: list[Damage] = []
     lost_at: int | None = None
@@ -188,24 +198,34 @@ def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
     return events, damage
 
 
+def read_note(content: bytes) -> bytes:
+    """Return the note of a ring, empty where there is none or it cannot be read."""
+    if len(content) < HEADER_BYTES:
+        return b""
+    length, check = _WORDS.unpack_from(content, _NOTE)
+    note = content[_NOTE + _WORDS.size :][: min(length, HEADER_BYTES)]
+    return note if check == zlib.crc32(note) else b""
+
+
 def _read_header(content: bytes) -> tuple[int, int] | None:
     for at in _COPIES:
-        if len(content) >= HEADER_BYTES:
-            magic, capacity, nonce, check = _HEADER.unpack_from(content, at)
-            whole = check == zlib.crc32(_FIELDS.pack(magic, capacity, nonce))
-            if whole and magic == MAGIC and capacity == len(content) - HEADER_BYTES:
-                return capacity, nonce
+        magic, capacity, nonce, check = _HEADER.unpack_from(content, at)
+        if magic == MAGIC and check == zlib.crc32(_FIELDS.pack(magic, capacity, nonce)):
+            return capacity, nonce
     return None
 
 
-def _read_tail(content: bytes) -> int:
-    """Return the newer of the slots that are whole. An older one costs a second look at ids."""
+def _read_tail(content: bytes) -> tuple[int, bool]:
+    """Return the newer of the slots that are whole, and whether both are.
+
+    If one is not, the other may be older; that costs a second look at the events' ids.
+    """
     positions = [
         position
         for position, check in (_WORDS.unpack_from(content, at) for at in _TAILS)
         if check == zlib.crc32(_WORD.pack(position))
     ]
-    return max(positions, default=0)
+    return max(positions, default=0), len(positions) == len(_TAILS)
 
 
 def _read_record(

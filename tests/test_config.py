@@ -141,8 +141,8 @@ def test_positional_arguments_are_given_too(base: Path, monkeypatch: pytest.Monk
 
 def test_base_of_none_leaves_it_to_the_variable() -> None:
     """`log_base_dir=None` is as good as not given."""
-    found = resolve({"log_base_dir": None}, {"AGENT_LOG_DIR": "/tmp/x"})
-    assert found.log_base_dir == Path("/tmp/x")
+    found = resolve({"log_base_dir": None}, {"AGENT_LOG_DIR": "/nowhere/x"})
+    assert found.log_base_dir == Path("/nowhere/x")
 
 
 def test_base_is_made_absolute_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

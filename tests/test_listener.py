@@ -493,6 +493,22 @@ def test_a_batch_ends_at_a_marker() -> None:
     assert handoff.take(10, 0.0) == ([], None)
 
 
+def test_a_full_queue_refuses() -> None:
+    """The plain queue takes no more than its capacity."""
+    handoff = MemoryHandoff(1)
+    assert [handoff.put(_event()), handoff.put(_event())] == [True, False]
+
+
+def test_what_is_put_as_the_hand_off_retires_is_kept(make_handler: Make) -> None:
+    """An event that arrives between the last batch and the end moves to what comes after."""
+    handler = make_handler()
+    handler.close()
+    listener = handler._feed._listener
+    listener._handoff.put(_event())
+    listener._retire()
+    assert listener._handoff.depth == 1
+
+
 def test_a_batch_has_a_limit() -> None:
     """`take` returns no more than it was asked for."""
     handoff = MemoryHandoff(10)
@@ -511,3 +527,45 @@ def _event() -> Any:
 def test_the_pause_between_retries_is_short() -> None:
     """A fault that clears is noticed within a second."""
     assert _listener.RETRY_SECONDS <= 1
+
+
+def test_what_the_listener_logs_does_not_wait_for_itself(make_handler: Make, base: Path) -> None:
+    """An event that the listener's thread logs while there is no room is dropped at once."""
+    handler = make_handler(handoff_capacity=1, block_timeout_seconds=60)
+    gate = threading.Event()
+    write = handler.gateway._write_and_hand_over
+
+    def logging_write(session_id: str | None, events: Any) -> int:
+        gate.wait(30)
+        handler.handle(record("inside"))
+        return write(session_id, events)
+
+    handler.gateway._write_and_hand_over = logging_write  # type: ignore[method-assign]
+    handler.handle(record("held"))
+    wait_until(lambda: handler._feed._listener.kept == 1)
+    handler.handle(record("fits"))
+    handler.gateway._write_and_hand_over, held = logging_write, write  # type: ignore[method-assign]
+    gate.set()
+    wait_until(lambda: handler.stats().dropped.get("overflow", 0) >= 1)
+    handler.gateway._write_and_hand_over = held  # type: ignore[method-assign]
+
+
+def test_without_local_files_there_is_no_journal(
+    make_handler: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With local logging off the level in force is `memory`, and it is said."""
+    handler = make_handler(enable_local_logging=False)
+    assert handler.stats().durability == "memory"
+    assert "without local files there is no journal" in capsys.readouterr().err
+
+
+def test_a_failing_recovery_is_told_and_stops_nothing(make_handler: Make, base: Path) -> None:
+    """What a recovery cannot read stays where it is, and events are written all the same."""
+    (base / ".eventlog").mkdir(parents=True)
+    (base / ".eventlog" / "ab-1-1.ring").symlink_to("elsewhere")
+    heard: list[str] = []
+    handler = make_handler(error_handler=lambda error, context: heard.append(context))
+    handler.handle(record("one"))
+    handler.flush()
+    assert heard == ["recovery"]
+    assert [e["message"] for e in events_of(base)] == ["one"]

@@ -1,0 +1,779 @@
+"""The journal: a hand-off in mapped files, and what is on the disk when a call returns."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eventlog_handler import EventLogHandler, EventSessionLogger, _encode, _journal
+from eventlog_handler._files import Layout, SessionFiles
+from eventlog_handler._journal import JournalHandoff, MappedRing, journal_directory
+from eventlog_handler._paths import SessionPaths
+from eventlog_handler._ring import pack, read_ring
+from eventlog_handler.typing import EncodedEvent
+from tests.conftest import events_of, lines_of
+
+Make = Callable[..., EventLogHandler]
+MakeHandoff = Callable[..., JournalHandoff]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Our own directory below a base."""
+    return journal_directory(tmp_path, 0o700)
+
+
+@pytest.fixture
+def make_handoff(own: Path) -> Iterator[MakeHandoff]:
+    """Make hand-offs that are closed when the test ends."""
+    made: list[JournalHandoff] = []
+
+    def make(capacity: int = 100, ring_bytes: int = 65536, sync: bool = False) -> JournalHandoff:
+        made.append(JournalHandoff(own, capacity, ring_bytes, sync))
+        return made[-1]
+
+    yield make
+    for handoff in made:
+        handoff.close()
+
+
+def event(body: bytes = b"{}", session_id: str = "s1") -> EncodedEvent:
+    """Return an event of this process."""
+    return EncodedEvent(session_id, "log", _encode.new_id(), "2026", body)
+
+
+def record(message: object, **extra: Any) -> logging.LogRecord:
+    """Return a record of a session."""
+    return logging.makeLogRecord({"msg": message, "session_id": "s1", **extra})
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait for another thread; fails after 30 seconds."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline, "waited for 30 seconds"
+        time.sleep(0.001)
+
+
+def on_disk(own: Path) -> list[EncodedEvent]:
+    """Return the events that stand in ring files, and fail where one is damaged."""
+    found: list[EncodedEvent] = []
+    for path in sorted(own.glob("*.ring")):
+        events, damage = read_ring(path.read_bytes())
+        assert damage == []
+        found += events
+    return found
+
+
+def test_our_directory_is_private(tmp_path: Path) -> None:
+    """The rings lie in a directory of mode 0700 below the base, which is made where missing."""
+    directory = journal_directory(tmp_path / "base", 0o750)
+    assert directory == tmp_path / "base" / ".eventlog"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert journal_directory(tmp_path / "base", 0o750) == directory
+
+
+def test_a_ring_is_locked_preallocated_and_private(own: Path) -> None:
+    """Its file has mode 0600, no holes, whole pages, and a lock that nobody else gets."""
+    ring = MappedRing(own, 5000)
+    found = ring.path.stat()
+    assert found.st_mode & 0o777 == 0o600
+    assert found.st_size == 4096 + 2 * mmap.PAGESIZE
+    assert found.st_blocks * 512 >= found.st_size
+    with open(ring.path) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert [path.name for path in own.iterdir()] == [ring.path.name]
+    ring.close(keep=False)
+    assert list(own.iterdir()) == []
+
+
+def test_an_accepted_event_is_in_the_file(make_handoff: MakeHandoff, own: Path) -> None:
+    """When `put` returns, another reader of the file finds the event."""
+    handoff, given = make_handoff(), event()
+    assert handoff.put(given)
+    assert on_disk(own) == [given]
+
+
+def test_what_is_put_is_taken_in_order(make_handoff: MakeHandoff) -> None:
+    """`take` returns the events of `put`, up to its limit."""
+    handoff = make_handoff()
+    events = [event() for _ in range(3)]
+    for each in events:
+        handoff.put(each)
+    assert handoff.take(2, 0.0) == (events[:2], None)
+    assert handoff.take(2, 0.0) == (events[2:], None)
+
+
+def test_what_is_taken_stays_until_it_is_written(make_handoff: MakeHandoff, own: Path) -> None:
+    """Events leave the ring with `written`, not with `take`."""
+    handoff = make_handoff()
+    events = [event(), event()]
+    for each in events:
+        handoff.put(each)
+    handoff.take(10, 0.0)
+    assert on_disk(own) == events
+    handoff.written(events[:1])
+    assert on_disk(own) == events[1:]
+
+
+def test_an_event_of_no_ring_is_written_without_harm(make_handoff: MakeHandoff, own: Path) -> None:
+    """The listener's own lines, which were never put, are passed over."""
+    handoff, given = make_handoff(), event()
+    handoff.put(given)
+    handoff.written([event()])
+    assert not handoff.must_sync([event()])
+    assert on_disk(own) == [given]
+
+
+def test_close_removes_what_is_empty(make_handoff: MakeHandoff, own: Path) -> None:
+    """With everything written no file stays."""
+    handoff, given = make_handoff(), event()
+    handoff.put(given)
+    handoff.written(handoff.take(10, 0.0)[0])
+    assert handoff.close()
+    assert list(own.iterdir()) == []
+
+
+def test_close_keeps_what_is_not_written(make_handoff: MakeHandoff, own: Path) -> None:
+    """What is left stays in its file, which nobody owns any more; closing twice is no error."""
+    handoff, given = make_handoff(), event()
+    handoff.put(given)
+    assert handoff.close()
+    assert handoff.close()
+    assert on_disk(own) == [given]
+    with open(next(own.iterdir())) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_closed_journal_takes_nothing(make_handoff: MakeHandoff) -> None:
+    """After close `put` says no."""
+    handoff = make_handoff()
+    handoff.close()
+    assert not handoff.put(event())
+
+
+def test_abandon_leaves_the_files_to_their_owner(make_handoff: MakeHandoff, own: Path) -> None:
+    """A child lets go of its parent's rings without writing to them."""
+    handoff = make_handoff()
+    events = [event(), event(b"x" * 40000)]
+    for each in events:
+        handoff.put(each)
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    handoff.abandon()
+    assert {path: path.read_bytes() for path in own.iterdir()} == before
+    assert not handoff.put(event())
+
+
+def test_the_queue_is_bounded(make_handoff: MakeHandoff) -> None:
+    """Beyond `capacity` events `put` says no."""
+    handoff = make_handoff(capacity=2)
+    assert [handoff.put(event()) for _ in range(3)] == [True, True, False]
+
+
+def test_a_full_ring_takes_more_once_it_is_written(make_handoff: MakeHandoff, own: Path) -> None:
+    """With no room `put` says no; after `written` it says yes."""
+    handoff = make_handoff(ring_bytes=4096)
+    count = 0
+    while handoff.put(event(b"x" * 500)):
+        count += 1
+    assert count == 4096 // 576
+    events, _ = handoff.take(100, 0.0)
+    handoff.written(events[:1])
+    assert handoff.put(event(b"x" * 500))
+    assert len(on_disk(own)) == count
+
+
+def test_a_large_event_has_a_ring_of_its_own(make_handoff: MakeHandoff, own: Path) -> None:
+    """What takes more than a fourth of the ring is as safe; its file goes when it is written."""
+    handoff = make_handoff(ring_bytes=4096)
+    before = set(own.iterdir())
+    given = event(b"x" * 100_000)
+    assert handoff.put(given)
+    assert on_disk(own) == [given]
+    handoff.written(handoff.take(1, 0.0)[0])
+    assert set(own.iterdir()) == before
+
+
+def test_a_large_event_is_kept_by_close(make_handoff: MakeHandoff, own: Path) -> None:
+    """The ring of a large event that is not written stays too."""
+    handoff, given = make_handoff(), event(b"x" * 40000)
+    handoff.put(given)
+    handoff.close()
+    assert on_disk(own) == [given]
+
+
+def test_without_room_for_a_large_event_none_of_its_file_stays(
+    make_handoff: MakeHandoff, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed allocation raises and leaves no file."""
+    handoff = make_handoff()
+    before = set(own.iterdir())
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space"):
+        handoff.put(event(b"x" * 40000))
+    assert set(own.iterdir()) == before
+
+
+def test_without_room_for_the_second_ring_the_first_goes_too(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that cannot be made keeps no file and no descriptor of what it began with."""
+    allocate, calls = os.posix_fallocate, []
+
+    def refuse_second(fd: int, begin: int, size: int) -> None:
+        calls.append(size)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(fd, begin, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_second)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No space"):
+        JournalHandoff(own, 10, 4096, False)
+    assert list(own.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# Interrupted calls
+
+
+class Interrupting:
+    """A buffer that calls something before its n-th store."""
+
+    def __init__(self, buffer: memoryview, store: int, call: Callable[[], object]) -> None:
+        self._buffer, self._left, self._call = buffer, store, call
+
+    def __setitem__(self, at: slice, data: bytes) -> None:
+        """Store, after the call when it is time."""
+        self._left -= 1
+        if self._left == 0:
+            self._call()
+        self._buffer[at] = data
+
+    def release(self) -> None:
+        """Let go of the mapping."""
+        self._buffer.release()
+
+
+@pytest.mark.parametrize("store", [1, 2, 3, 4])
+def test_a_call_inside_another_is_safe(make_handoff: MakeHandoff, own: Path, store: int) -> None:
+    """A signal handler that logs in the middle of any store finds a ring, and both events count."""
+    handoff, outer, inner = make_handoff(), event(b"outer"), event(b"inner")
+    seen: list[tuple[bool, list[EncodedEvent]]] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append((handoff.put(inner), on_disk(own)))
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        ring = handoff._rings[0].ring
+        ring.buffer = Interrupting(  # type: ignore[assignment]
+            ring.buffer, store, lambda: signal.raise_signal(signal.SIGUSR1)
+        )
+        assert handoff.put(outer)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen[0][0]
+    assert inner in seen[0][1]
+    assert sorted(on_disk(own)) == sorted([outer, inner])
+    events, _ = handoff.take(10, 0.0)
+    assert sorted(events) == sorted([outer, inner])
+    handoff.written(events)
+    assert on_disk(own) == []
+
+
+def test_a_third_call_inside_the_second_has_a_file(make_handoff: MakeHandoff, own: Path) -> None:
+    """A call that interrupts an interrupting call waits for neither: it makes a ring of its own."""
+    handoff, answers = make_handoff(), []
+
+    def innermost() -> None:
+        answers.append(handoff.put(event()))
+
+    def inner() -> None:
+        answers.append(handoff.put(event()))
+
+    for mapped, call in zip(handoff._rings, (inner, innermost), strict=True):
+        mapped.ring.buffer = Interrupting(mapped.ring.buffer, 1, call)  # type: ignore[assignment]
+    assert handoff.put(event())
+    assert answers == [True, True]
+    assert len(on_disk(own)) == 3
+
+
+@pytest.mark.parametrize("store", [1, 2, 3, 4])
+def test_a_call_that_is_broken_off_leaves_room(
+    make_handoff: MakeHandoff, own: Path, store: int
+) -> None:
+    """After Ctrl-C in the middle of a store the ring takes and gives events as before."""
+    handoff = make_handoff()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    ring = handoff._rings[0].ring
+    buffer = ring.buffer
+    ring.buffer = Interrupting(buffer, store, interrupt)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        handoff.put(event())
+    ring.buffer = buffer
+    after = event()
+    assert handoff.put(after)
+    assert on_disk(own) == [after]
+    assert handoff.take(10, 0.0)[0] == [after]
+
+
+def test_what_was_broken_off_before_its_queue_is_reclaimed(
+    make_handoff: MakeHandoff, own: Path
+) -> None:
+    """An event that is in the ring and not in the queue is let go of when nothing else waits."""
+    handoff = make_handoff()
+    handoff._append(pack(event()), 0)
+    after = event()
+    handoff.put(after)
+    assert len(on_disk(own)) == 2
+    handoff.written(handoff.take(10, 0.0)[0])
+    assert on_disk(own) == []
+    assert handoff.close()
+    assert list(own.iterdir()) == []
+
+
+def test_nothing_is_reclaimed_while_something_waits(make_handoff: MakeHandoff, own: Path) -> None:
+    """Events that were put meanwhile are not taken for what a broken call left."""
+    handoff = make_handoff()
+    handoff.put(event())
+    events, _ = handoff.take(10, 0.0)
+    waiting = event()
+    handoff.put(waiting)
+    handoff._reclaim()
+    handoff.written(events)
+    handoff._reclaim()
+    assert on_disk(own) == [waiting]
+
+
+# On the disk
+
+
+def test_concurrent_calls_share_a_wait(own: Path) -> None:
+    """Threads that ask while one waits for the disk share one further wait."""
+    ring = MappedRing(own, 65536)
+    entered, gate, flushes = threading.Event(), threading.Event(), []
+
+    class Slow:
+        closed = False
+
+        def flush(self) -> None:
+            flushes.append(ring.ring.head)
+            entered.set()
+            assert gate.wait(30)
+
+    mapped, ring._map = ring._map, Slow()  # type: ignore[assignment]
+    ends = []
+    for _ in range(9):
+        region = ring.ring.append(pack(event()))
+        assert region is not None
+        ends.append(region[1])
+    head = ring.ring.head
+    first = threading.Thread(target=ring.sync, args=(ends[0],))
+    first.start()
+    assert entered.wait(30)
+    late = ring.ring.append(pack(event()))
+    assert late is not None
+    others = [threading.Thread(target=ring.sync, args=(end,)) for end in (*ends[1:], late[1])]
+    for thread in others:
+        thread.start()
+    gate.set()
+    for thread in (first, *others):
+        thread.join(30)
+    assert flushes == [head, late[1]]
+    ring._map = mapped
+    ring.close(keep=False)
+
+
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the size of each mapping that is flushed."""
+    found: list[int] = []
+
+    class Watched(mmap.mmap):
+        def flush(self, *args: Any) -> None:
+            super().flush(*args)
+            found.append(len(self))
+
+    monkeypatch.setattr(_journal.mmap, "mmap", Watched)
+    return found
+
+
+def test_only_synced_calls_wait_for_the_disk(
+    make_handoff: MakeHandoff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `sync` the mapping is flushed before `put` returns, without it is not."""
+    found = flushed(monkeypatch)
+    handoff = make_handoff()
+    handoff.put(event())
+    assert found == []
+    handoff.put(event(), sync=True)
+    assert len(found) == 1
+
+
+def test_on_the_disk_level_every_call_waits(
+    make_handoff: MakeHandoff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`durability="disk"` flushes for every event, and tells its level."""
+    found = flushed(monkeypatch)
+    handoff = make_handoff(sync=True)
+    for _ in range(3):
+        handoff.put(event())
+    assert len(found) == 3
+    assert (handoff.durability, make_handoff().durability) == ("disk", "process")
+
+
+def test_a_synced_event_asks_for_a_synced_file(make_handoff: MakeHandoff) -> None:
+    """`must_sync` is true for events that were put with `sync`, and only for those."""
+    handoff = make_handoff()
+    handoff.put(event())
+    handoff.put(event(), sync=True)
+    events, _ = handoff.take(10, 0.0)
+    assert not handoff.must_sync(events[:1])
+    assert handoff.must_sync(events)
+
+
+def test_a_large_synced_event_may_be_written_while_its_caller_waits(own: Path) -> None:
+    """The listener may have closed a large event's ring before its caller gets to sync it."""
+    ring = MappedRing(own, 65536)
+    region = ring.ring.append(pack(event()))
+    assert region is not None
+    ring.close(keep=False)
+    ring.sync(region[1])
+
+
+def test_large_synced_events_are_accepted_beside_a_listener(make_handoff: MakeHandoff) -> None:
+    """Many large events with `sync` pass while another thread writes them."""
+    handoff = make_handoff(ring_bytes=4096)
+    ended = threading.Event()
+
+    def listen() -> None:
+        while not ended.is_set():
+            handoff.written(handoff.take(10, 0.01)[0])
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert handoff.put(event(b"x" * 2000), sync=True)
+    finally:
+        ended.set()
+        thread.join(30)
+
+
+def test_close_while_a_caller_waits_for_the_disk_does_not_raise(own: Path) -> None:
+    """A call that waits for its turn at the disk when the journal is closed returns."""
+    handoff = JournalHandoff(own, 100, 65536, True)
+    ring = handoff._rings[0]
+    raised: list[BaseException] = []
+
+    def put() -> None:
+        try:
+            handoff.put(event())
+        except BaseException as error:
+            raised.append(error)
+
+    with ring._syncing:
+        thread = threading.Thread(target=put)
+        thread.start()
+        wait_until(lambda: handoff.depth == 1)
+        closer = threading.Thread(target=handoff.close)
+        closer.start()
+        closer.join(0.2)
+    thread.join(30)
+    closer.join(30)
+    assert raised == []
+
+
+def synced_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the path of each descriptor that is synced."""
+    found: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        real = getattr(os, name)
+
+        def sync(fd: int, real: Callable[[int], None] = real) -> None:
+            real(fd)
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+        monkeypatch.setattr(os, name, sync)
+    return found
+
+
+def test_the_name_of_a_synced_ring_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first synced call returns, the new directories above the ring are synced too."""
+    found = synced_names(monkeypatch)
+    base = tmp_path / "base"
+    handoff = JournalHandoff(journal_directory(base, 0o700), 100, 65536, True)
+    handoff.put(event())
+    assert {str(base / ".eventlog"), str(base), str(tmp_path)} <= set(found)
+    handoff.close()
+
+
+def new_files(base: Path) -> SessionFiles:
+    """Return session files with fixed names."""
+    paths = SessionPaths(base, "a/{session_id}", "unknown", "log", ".jsonl", "u1")
+    return SessionFiles(
+        paths, Layout("jsonl"), max_open_files=9, file_mode=0o600, directory_mode=0o700
+    )
+
+
+def test_a_synced_file_has_its_name_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first sync of a file takes in all directories up to the base; later ones the file."""
+    found = synced_names(monkeypatch)
+    base = tmp_path / "base"
+    files = new_files(base)
+    files.append("s1", [event()], lambda _: None)
+    files.sync("s1")
+    file = base / "a" / "s1" / "log.jsonl"
+    assert found[0] == str(file)
+    assert set(found) >= {str(path) for path in (file.parent, base / "a", base)}
+    found.clear()
+    files.sync("s1")
+    assert found == [str(file)]
+    files.close()
+
+
+def test_a_new_base_has_its_name_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that was made for the first event is synced in its own directory too."""
+    found = synced_names(monkeypatch)
+    files = new_files(tmp_path / "base")
+    files.append("s1", [event()], lambda _: None)
+    files.sync("s1")
+    files.close()
+    assert str(tmp_path) in found
+
+
+def test_after_a_failed_sync_events_go_to_a_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the kernel could not write is given up."""
+    files = new_files(tmp_path)
+    files.append("s1", [event()], lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            files.sync("s1")
+    files.append("s1", [event()], lambda _: None)
+    files.sync("s1")
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+    files.close()
+
+
+@pytest.mark.parametrize("name", ["fsync", "open"])
+def test_a_name_that_cannot_be_synced_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A directory that cannot be synced, or a file that cannot be opened, costs no line."""
+    files = new_files(tmp_path)
+    files.append("s1", [event()], lambda _: None)
+    files.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fail)
+        assert isinstance(files.sync("s1"), OSError)
+    assert files.sync("s1") is None
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 1
+    files.close()
+
+
+def test_a_call_whose_sync_fails_has_its_event_written(
+    make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event that is handed off, and cannot be synced at once, is no loss; the error is told."""
+    handler = make_handler(durability="disk", ring_bytes=65536)
+    monkeypatch.setattr(MappedRing, "sync", fail)
+    handler.handle(record("one"))
+    assert handler._feed.flush(30)
+    assert [line["event"]["message"] for p in base.rglob("*.jsonl") for line in lines_of(p)] == [
+        "one"
+    ]
+    assert (handler.stats().dropped, handler.stats().local_errors) == ({}, 1)
+
+
+def fail(*args: object) -> None:
+    """Fail as a broken disk does."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def refuse(*args: object, **options: object) -> None:
+    """Fail as a full disk does."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# The handler
+
+
+def test_the_session_file_is_synced_before_the_ring_lets_go(
+    make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At `durability="disk"` the file is on the disk while its events are still in the ring."""
+    handler = make_handler(durability="disk", ring_bytes=65536)
+    seen: list[int] = []
+    real = os.fdatasync
+
+    def sync(fd: int) -> None:
+        real(fd)
+        seen.append(len(on_disk(base / ".eventlog")))
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    handler.handle(record("one"))
+    handler.flush()
+    assert seen == [1]
+    assert on_disk(base / ".eventlog") == []
+    assert handler.stats().durability == "disk"
+
+
+def test_what_could_not_be_synced_is_written_again(
+    make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the disk refuses, the events are written to a new file, and leave the ring then."""
+    handler = make_handler(durability="disk", ring_bytes=65536)
+    real, calls = os.fdatasync, []
+
+    def fail_once(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            fail()
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    handler.handle(record("one"))
+    assert handler._feed.flush(30)
+    paths = sorted(base.rglob("*.jsonl"))
+    assert [[line["event"]["message"] for line in lines_of(path)] for path in paths] == [
+        ["one"],
+        ["one"],
+    ]
+    assert handler.stats().local_errors == 1
+
+
+@pytest.mark.parametrize("level", [logging.ERROR, "ERROR"])
+def test_records_from_sync_level_on_are_synced(
+    make_handler: Make, monkeypatch: pytest.MonkeyPatch, level: object
+) -> None:
+    """`sync_level` raises single records to the disk; lower ones, or those without, stay."""
+    found = flushed(monkeypatch)
+    handler = make_handler(sync_level=level)
+    for levelno in (logging.INFO, None, logging.WARNING):
+        handler.handle(record("low", levelno=levelno))
+    assert found == []
+    handler.handle(record("high", levelno=logging.ERROR))
+    assert len(found) == 1
+    assert handler.stats().durability == "process"
+
+
+def test_an_unknown_sync_level_is_refused(base: Path) -> None:
+    """A level that logging does not know is an error that says what to write."""
+    with pytest.raises(ValueError, match=r"sync_level='LOUD' is no level; write 'ERROR'"):
+        EventLogHandler(log_base_dir=base, sync_level="LOUD")
+
+
+def test_a_ring_that_is_too_small_is_refused(base: Path) -> None:
+    """Fewer bytes than a page are an error that names the least."""
+    with pytest.raises(ValueError, match="ring_bytes=4095 is out of range: write 4096 or more"):
+        EventLogHandler(log_base_dir=base, ring_bytes=4095)
+
+
+@pytest.mark.parametrize("target", ["os.posix_fallocate", "mmap.mmap", "fcntl.flock", "os.rename"])
+def test_where_no_journal_can_be_made_memory_serves(
+    make_handler: Make,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+) -> None:
+    """Without room, mapping or lock events are still written; the level and one line tell it."""
+    heard: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(target, refuse)
+        handlers = [
+            make_handler(error_handler=lambda error, context: heard.append(context))
+            for _ in range(2)
+        ]
+    assert [handler.stats().durability for handler in handlers] == ["memory"] * 2
+    handlers[0].handle(record("one"))
+    handlers[0].flush()
+    assert [each["message"] for each in events_of(base)] == ["one"]
+    assert list((base / ".eventlog").iterdir()) == []
+    assert heard == ["journal"] * 2
+    err = capsys.readouterr().err
+    assert err.count("durability is 'memory': no journal can be made (No space left") == 1
+
+
+def test_without_preallocation_memory_serves(
+    make_handler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system without `posix_fallocate` has no journal: a hole in the file could be a SIGBUS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert make_handler().stats().durability == "memory"
+
+
+def test_without_local_files_there_is_no_journal(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With local logging off the level is `memory`, and stderr says so."""
+    gateway = EventSessionLogger(base, enable_local_logging=False)
+    handler = EventLogHandler(gateway=gateway)
+    assert handler.stats().durability == "memory"
+    assert "without local files there is no journal" in capsys.readouterr().err
+    assert not (base / ".eventlog").exists()
+    handler.close()
+
+
+def test_the_level_memory_makes_no_ring(make_handler: Make, base: Path) -> None:
+    """`durability="memory"` is as it was: a queue, and no file."""
+    handler = make_handler(durability="memory")
+    handler.handle(record("one"))
+    handler.flush()
+    assert not (base / ".eventlog").exists()
+
+
+def test_after_a_fork_the_level_in_force_is_told(
+    make_handler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that gets no journal of its own says `memory`, whatever its parent has."""
+    handler = make_handler()
+    listener = handler._feed._listener
+    listener.end(time.monotonic() + 30)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    listener.after_fork_in_child()
+    assert handler.stats().durability == "memory"
+
+
+def test_a_failed_recovery_is_told_and_stops_nothing(
+    make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When recovery raises, events are still written, and the error handler hears of it."""
+    heard: list[str] = []
+    monkeypatch.setattr("eventlog_handler._listener.recover", fail)
+    handler = make_handler(error_handler=lambda error, context: heard.append(context))
+    handler.handle(record("one"))
+    handler.flush()
+    assert heard == ["recovery"]
+    assert [each["message"] for each in events_of(base)] == ["one"]
+
+
+def test_a_handler_without_its_events_leaves_no_ring(make_handler: Make, base: Path) -> None:
+    """After a normal close our directory is empty."""
+    handler = make_handler()
+    handler.handle(record("one"))
+    handler.close()
+    assert list((base / ".eventlog").iterdir()) == []
