@@ -112,20 +112,7 @@ def _recover_process(
     write: Callable[[str | None, list[EncodedEvent]], None],
     report: Report,
 ) -> int:
-    events: list[EncodedEvent] = []
-    damage: list[tuple[Path, Damage]] = []
-    unknown: set[Path] = set()
-    for path, fd in rings.items():
-        content = os.pread(fd, os.fstat(fd).st_size, 0)
-        found, damaged = read_ring(content)
-        damage += [(path, each) for each in damaged]
-        below = read_note(content).decode("ascii", "replace")
-        if below:
-            # Events without a session keep the directory that their process chose: so whoever
-            # recovers them, and however often, looks in one place for what is written already.
-            unknown.add(base / below)
-            found = [_in_directory(event, Path(below).name) for event in found]
-        events += found
+    events, damage, unknown = _read(base, rings)
     # Numbers go up along each thread's calls, also where a signal handler used another ring.
     events.sort(key=lambda event: int(event.id.rpartition("-")[2], 16))
     by_session = _by_session(events)
@@ -150,6 +137,27 @@ def _recover_process(
     for path in rings:
         path.unlink()
     return count
+
+
+def _read(
+    base: Path, rings: dict[Path, int]
+) -> tuple[list[EncodedEvent], list[tuple[Path, Damage]], set[Path]]:
+    """Return what stands in a process's rings, what is damaged, and its unknown directories."""
+    events: list[EncodedEvent] = []
+    damage: list[tuple[Path, Damage]] = []
+    unknown: set[Path] = set()
+    for path, fd in rings.items():
+        content = os.pread(fd, os.fstat(fd).st_size, 0)
+        found, damaged = read_ring(content)
+        damage += [(path, each) for each in damaged]
+        below = read_note(content).decode("ascii", "replace")
+        if below:
+            # Events without a session keep the directory that their process chose: so whoever
+            # recovers them, and however often, looks in one place for what is written already.
+            unknown.add(base / below)
+            found = [_in_directory(event, Path(below).name) for event in found]
+        events += found
+    return events, damage, unknown
 
 
 def _in_directory(event: EncodedEvent, name: str) -> EncodedEvent:
