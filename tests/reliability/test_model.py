@@ -259,6 +259,8 @@ class Machine(RuleBasedStateMachine):
         # synced since, are to be looked at: their unsynced ends stay as the disk left them.
         own = {path.name.partition("-")[0] for path in self.base.glob(".eventlog/*.ring")}
         self.orphans |= {path for path, owner in self.owners.items() if owner not in own}
+        # Nor does any tell of a page that was lost in the middle of what was not synced.
+        self.orphans |= {path for path in self.session_files() if has_hole(path)}
         self.acknowledged = set(self.synced)
         self.maybe_twice |= set(self.known)
         self.begin()
@@ -319,6 +321,11 @@ class Machine(RuleBasedStateMachine):
             self.files.close()
             self.patch.undo()
             shutil.rmtree(self.base, ignore_errors=True)
+
+
+def has_hole(path: Path) -> bool:
+    """Return whether something stands behind a page that was lost."""
+    return b"\0" in path.read_bytes().rstrip(b"\0")
 
 
 def readable(line: bytes) -> list[dict[str, Any]]:
