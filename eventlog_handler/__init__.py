@@ -10,9 +10,10 @@ logger.info(…)            structlog chain              await gateway(event)
                                │  listener thread, batches     │
                                └────────► EventSessionLogger ◄─┘
                                              │ 1. session file (always first)
-                                             │ 2. downstream: callback, else transport(s)
+                                             │ 2. the callback, if there is one
                                              ▼
                        logs/sessions/{session_id}/{timestamp}.jsonl
+                                             │ 3. from there to each transport, at least once
 ```
 
 Where to look, from the top; a module imports only from below it:
@@ -20,8 +21,12 @@ Where to look, from the top; a module imports only from below it:
 - `handler.py`, `processor.py`, `factories.py`: the ways in. `_feed.py`: what the first two share.
 - `_listener.py`: the thread behind handler and processor, their shutdown and fork.
 - `session_logger.py`: the gateway. What it does for an event stands in `__call__`.
-- `_delivery.py`: the thread of the transports. `_lanes.py`: one downstream's queue and retries.
-- `_intake.py`: an event's fields → its snapshot. `_waiter.py`: waiting for the delivery thread.
+- `_delivery.py`: what goes to which transport. `_worker.py`: the thread of each. `_sender.py`,
+  `_lanes.py`: its loop, and the callback's. `_batch.py`, `_downstream.py`: one batch, one call.
+- `_backlog.py`, `_cursor.py`: what a transport has yet to get. `_outbox.py`, `_owner.py`,
+  `_database.py`: how far it is, for the next process. `_lines.py`: files read back.
+  `_rejected.py`: what it refuses.
+- `_intake.py`: an event's fields → its snapshot. `_waiter.py`: how a caller waits on any loop.
 - `_files.py`: session files. `_handoff.py`, `_journal.py`: from the callers' threads to the
   listener's, in memory or crash-safe. `_ring.py`: the journal's format.
 - `_recovery.py`: what dead processes left.
@@ -29,7 +34,7 @@ Where to look, from the top; a module imports only from below it:
 - `_paths.py`: ids and patterns → names. `_config.py`: every option. `redact.py`: processors.
 - `_context.py`, `_breaker.py`, `_lifecycle.py`, `_report.py`: session_context · breaker · exit and
   fork · how failures are told.
-- `transports/`, `events.py`, `exceptions.py`, `typing.py`, `testing.py`.
+- `transports/`, `events.py`, `exceptions.py`, `typing.py`, `metrics.py`, `testing.py`.
 """
 
 from eventlog_handler._context import session_context
@@ -40,6 +45,7 @@ from eventlog_handler.exceptions import (
     SerializationError,
     TransportConnectionError,
     TransportError,
+    TransportRejectedError,
     TransportTimeoutError,
 )
 from eventlog_handler.factories import (
@@ -61,7 +67,7 @@ from eventlog_handler.transports.builtin import (
     LoggingTransport,
     NullTransport,
 )
-from eventlog_handler.typing import Stats, TransportStats
+from eventlog_handler.typing import FlushReceipt, OutgoingEvent, Stats, TransportStats
 
 __all__ = [
     "CallbackTransport",
@@ -69,9 +75,11 @@ __all__ = [
     "EventLogProcessor",
     "EventSessionLogger",
     "EventSessionLoggerError",
+    "FlushReceipt",
     "LocalLoggingError",
     "LoggingTransport",
     "NullTransport",
+    "OutgoingEvent",
     "SemiSessionEvent",
     "SerializationError",
     "SessionEvent",
@@ -79,6 +87,7 @@ __all__ = [
     "TransportConnectionError",
     "TransportError",
     "TransportInterface",
+    "TransportRejectedError",
     "TransportStats",
     "TransportTimeoutError",
     "create_backward_compatible",

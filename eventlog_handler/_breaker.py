@@ -6,6 +6,8 @@ closed when the probe succeeds, open again when it fails (M. Nygard, "Release It
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 
 
@@ -15,11 +17,15 @@ class Breaker:
     Args:
         failures: Failures in a row that open it, at least 1.
         reset_seconds: How long it stays open before one probe is allowed.
+        share: Returns which share of that is waited, each time.
     """
 
-    def __init__(self, failures: int, reset_seconds: float) -> None:
+    def __init__(
+        self, failures: int, reset_seconds: float, share: Callable[[], float] = lambda: 1.0
+    ) -> None:
         self._limit = failures
         self._reset_seconds = reset_seconds
+        self._share = share
         self._failures = 0
         self._retry_at = 0.0
         self.state = CLOSED
@@ -32,6 +38,11 @@ class Breaker:
             self.state = HALF_OPEN
             return True
         return False
+
+    @property
+    def failures(self) -> int:
+        """How many attempts in a row have failed."""
+        return self._failures
 
     def seconds_to_probe(self, now: float) -> float:
         """Return how long the pause until the probe still lasts, 0 if it is over."""
@@ -56,4 +67,4 @@ class Breaker:
     def trip(self, now: float) -> None:
         """Open at once, as after a failed health check."""
         self.state = OPEN
-        self._retry_at = now + self._reset_seconds
+        self._retry_at = now + self._reset_seconds * self._share()

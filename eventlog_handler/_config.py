@@ -165,6 +165,10 @@ _check_count = _number(int, 0, "a whole number")
 check_one_or_more = _number(int, 1, "a whole number")
 
 
+def _some_bytes_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else check_one_or_more(name, value)
+
+
 @dataclass(frozen=True)
 class Settings:
     """A gateway's options, checked. The first block is the specification's, the rest is ours."""
@@ -188,12 +192,16 @@ class Settings:
         "unknown_{uuid}", _pattern(parse_unknown_pattern), "AGENT_LOG_UNKNOWN_PATTERN"
     )
 
+    batch_bytes: int = _option(1_000_000, check_one_or_more)
+    batch_events: int = _option(500, check_one_or_more)
+    batch_seconds: float = _option(0.0, check_seconds)
     breaker_failures: int = _option(5, check_one_or_more)
     breaker_reset_seconds: float = _option(30.0, _check_some_seconds)
     directory_mode: int = _option(0o700, _mode)
     downstream_wait_seconds: float = _option(1.0, check_seconds)
     file_mode: int = _option(0o600, _mode)
     formatter: Any = _option(None, _formatter)
+    max_file_bytes: int | None = _option(None, _some_bytes_or_none)
     max_open_files: int = _option(256, check_one_or_more)
     max_pending_events: int = _option(10_000, check_one_or_more)
     processors: tuple[Any, ...] = _option((), _callables)

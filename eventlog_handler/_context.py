@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -25,6 +25,24 @@ delivering: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "eventlog_handler.delivering", default=False
 )
 """True while a transport or callback runs for us: what it logs must not come back in as events."""
+
+_driver_loggers: tuple[str, ...] = ("eventlog_handler.",)
+
+
+def silence(names: Iterable[str]) -> None:
+    """Never take up again what these loggers log: they speak of deliveries.
+
+    Args:
+        names: Of loggers that drivers use on threads of their own, where `delivering` is not set.
+    """
+    global _driver_loggers
+    _driver_loggers = tuple({*_driver_loggers, *(f"{name}." for name in names)})
+
+
+def is_silenced(name: str) -> bool:
+    """Return whether a logger, or one above it, was silenced."""
+    return f"{name}.".startswith(_driver_loggers)
+
 
 _teed: dict[int, list[Any]] = {}
 """By thread: the structlog call whose event our processor has taken, to which base, and how many

@@ -1,250 +1,351 @@
-"""The delivery thread: one asyncio loop on which all of a gateway's transports live.
-
-A thread of its own, because most drivers know asyncio only while the application may run trio, or
-no loop at all; and because a driver that blocks must block nobody else.
-"""
+"""All that lies downstream of one gateway: which lanes there are, and what goes to which."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import contextvars
+import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import anyio
-from anyio.abc import TaskGroup
-
+from eventlog_handler._backlog import Backlog
 from eventlog_handler._config import Settings
-from eventlog_handler._context import delivering
-from eventlog_handler._lanes import (
-    CLOSE_SECONDS,
-    Callback,
-    CallbackLane,
-    Lane,
-    Released,
-    TransportLane,
-)
-from eventlog_handler._report import Report
+from eventlog_handler._context import silence
+from eventlog_handler._cursor import Released
+from eventlog_handler._downstream import Callback
+from eventlog_handler._lanes import CallbackLane, Called
+from eventlog_handler._lines import find_files
+from eventlog_handler._outbox import Outbox
+from eventlog_handler._report import Report, warn
+from eventlog_handler._sender import Committed, Sender
+from eventlog_handler._worker import Worker
 from eventlog_handler.transports.base import TransportInterface
-from eventlog_handler.typing import OutgoingEvent, TransportStats
-
-START_SECONDS = 5.0
-"""The longest that a start waits for the loop to be there; it takes a few milliseconds."""
+from eventlog_handler.typing import TransportStats, Written
 
 
 class Delivery:
-    """Hands events to the lanes, and owns the thread that they run on.
+    """Hands what was written to the lanes.
 
     Args:
         settings: The gateway's options.
         report: Hears of every failure.
+        committed: Returns how much of a session's file is written, see `SessionFiles.committed`.
     """
 
-    def __init__(self, settings: Settings, report: Report) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, report: Report, committed: Committed) -> None:
         self._report = report
-        self._lock = threading.Lock()
-        self._transports: dict[str, TransportLane] = {}
-        self._callback: CallbackLane | None = None
-        self._running: dict[Lane, anyio.Event] = {}
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._group: TaskGroup | None = None
-        self._stopping: anyio.Event | None = None
-        self._context = contextvars.copy_context()
-        self._deadline = 0.0
+        self._committed = committed
+        self._senders: dict[str, tuple[Sender, Worker]] = {}
+        self._callback: tuple[CallbackLane, Worker] | None = None
+        self._parting: list[Worker] = []
+        self._backlogs: dict[str, Backlog] = {}
+        self._last: dict[str, Sender] = {}
+        self._outboxes: list[Outbox] = []
+        self._numbers = itertools.count()
+        self._changes = 0
         self._closed = False
+        # Re-entrant: a signal handler may ask for figures, or end us, while its thread is in here.
+        self._lock = threading.RLock()
+        self.outbox: Outbox | None = None
+        self._where: object = None
+        self.use_settings(settings)
+
+    def use_settings(self, settings: Settings) -> None:
+        """Go by other options from now on."""
+        self._settings = settings
+        durable = settings.enable_local_logging and settings.log_format == "jsonl"
+        where = settings.log_base_dir if durable else None
+        if where != self._where:
+            self._where, self.outbox = where, None
+            if where is not None:
+                self.outbox = Outbox(
+                    where,
+                    settings.directory_mode,
+                    self._report,
+                    lambda: find_files(where, settings.paths("unknown")),
+                )
+                self._outboxes.append(self.outbox)
+            self._changes += 1
+            self._say_where_live_only()
+        for lane, _ in self._lanes():
+            lane.use_settings(settings)
+        for sender, _ in self._senders.values():
+            sender.outbox = self.outbox
 
     def use_callback(self, callback: Callback | None) -> None:
         """Call `callback` for what is handed over from now on; the old one gets what is queued."""
         with self._lock:
             old, self._callback = self._callback, None
             if callback is not None:
-                self._callback = CallbackLane(callback, self._to_transports, self._settings)
-            self._change([old], [self._callback])
+                lane = CallbackLane(callback, self._report, self.decide)
+                self._callback = lane, Worker(lane, self._report)
+            if old is not None:
+                self._part(old[1])
 
     def use_transports(self, transports: Mapping[str, TransportInterface]) -> None:
         """Send to `transports` from now on.
 
-        A transport that stays keeps its lane; one that goes gets what is queued for it, and is
-        closed.
+        A transport that stays keeps its lane. One that goes gets what was written for it, and is
+        closed. One of the same name goes on where the other stopped.
         """
+        for transport in transports.values():
+            silence(getattr(transport, "loggers", ()))
         with self._lock:
-            old, kept = self._transports, dict[str, TransportLane]()
+            old, kept = self._senders, dict[str, tuple[Sender, Worker]]()
             for name, transport in transports.items():
-                lane = old.get(name)
-                if lane is None or lane.transport is not transport:
-                    lane = TransportLane(name, transport, self._settings, self._report)
-                kept[name] = lane
-            self._transports = kept
-            gone = [lane for name, lane in old.items() if kept.get(name) is not lane]
-            self._change(gone, [lane for name, lane in kept.items() if old.get(name) is not lane])
+                if name in old and old[name][0].transport is transport:
+                    kept[name] = old[name]
+                else:
+                    kept[name] = self._new(name, transport)
+            gone = [name for name in old if kept.get(name) is not old[name]]
+            for name in gone:
+                sender, worker = old[name]
+                sender.replaced = name in kept
+                self._part(worker)
+            self._senders = kept
+            self._changes += 1
+            if any(name in kept for name in gone):
+                self.start()
+            self._say_where_live_only()
 
-    def _change(self, gone: Sequence[Lane | None], new: Sequence[Lane | None]) -> None:
-        for lane in filter(None, new):
-            self._on_loop(self._adopt, lane)
-        for lane in filter(None, gone):
-            if self._loop is None:
-                # It never ran, but it is ours to close.
-                self._start()
-                self._on_loop(self._adopt, lane)
-            self._on_loop(lane.end)
+    def _say_where_live_only(self) -> None:
+        if self._senders and self.outbox is None:
+            why = "log_format is not 'jsonl'"
+            if not self._settings.enable_local_logging:
+                why = "local logging is off"
+            warn(
+                "live-only",
+                f"delivery is live only, as {why}: an outage that outlasts max_pending_events, or "
+                "the end of the process, costs transports events",
+            )
 
-    def _on_loop(self, function: Callable[..., object], *args: object) -> None:
-        loop = self._loop
-        if loop is not None:
-            # The loop may close between the two lines: then its thread is at its end anyway.
-            with contextlib.suppress(RuntimeError):
-                # In the delivery thread's own context: the caller's knows another loop, or none.
-                loop.call_soon_threadsafe(function, *args, context=self._context)
+    def _new(self, name: str, transport: TransportInterface) -> tuple[Sender, Worker]:
+        backlog = self._backlogs.setdefault(name, Backlog(name, self._report))
+        before = self._last.get(name)
+        for worker in self._parting:
+            if worker.lane is before:
+                before.replaced = True
+                worker.end(float("inf"))
+        sender = self._last[name] = Sender(
+            name,
+            transport,
+            self._settings,
+            self._report,
+            self.outbox,
+            self._committed,
+            lambda: tuple(self._senders),
+            backlog,
+            before,
+        )
+        return sender, Worker(sender, self._report)
 
-    def use_settings(self, settings: Settings) -> None:
-        """Go by other options from now on."""
-        self._settings = settings
-        for lane in self._lanes():
-            lane.use_settings(settings)
+    def _part(self, worker: Worker) -> None:
+        """Let a lane that is not used any more end by itself."""
+        # It is ours to close, even if it never ran.
+        worker.start()
+        self._parting = [each for each in self._parting if not each.over] + [worker]
+        worker.end(float("inf"))
 
     @property
-    def live_transports(self) -> int:
-        """How many transports an event's caller may wait for: all of them, if each is well."""
-        lanes = self._transports.values()
-        return len(lanes) if all(lane.live for lane in lanes) else 0
+    def generation(self) -> int:
+        """A number that changes when files have to be made known again."""
+        return self._changes + (0 if self.outbox is None else self.outbox.losses)
 
-    def hand_over(self, events: Sequence[OutgoingEvent]) -> None:
+    def register(self, outbox: Outbox | None, path: str, session: str, size: int) -> int:
+        """Make a file known before it is written, see `Registrar`."""
+        generation, senders = self.generation, self._senders
+        if outbox is None or not senders:
+            return generation
+        positions = {
+            name: sender.backlog.position(outbox, session, path, size)
+            for name, (sender, _) in senders.items()
+        }
+        found = outbox.register(path, session, positions)
+        if found is None:
+            return -1
+        for name, theirs in found.items():
+            for owed in theirs:
+                senders[name][0].owe(outbox, owed)
+        # After the end each write is made known: somebody may have sent the file to its end since.
+        return -1 if self._closed else generation
+
+    def hand_over(self, written: Written) -> None:
         """Take events that nobody awaits: to the callback, else to the transports."""
-        lane = self._callback
-        for event in events:
-            if lane is None:
-                self._to_transports(event)
-            else:
-                self._put(lane, event, None)
+        callback = self._callback
+        if callback is None:
+            self.send(written)
+            return
+        written = self.send(written, undecided=True)
+        lane, worker = callback
+        for index in range(len(written.events)):
+            if self._closed or not lane.put(Called(written, index)):
+                self.decide(written, index, taken=False)
+        worker.poke()
 
-    def send(self, event: OutgoingEvent, released: Released) -> None:
-        """Send to the transports; `released` is called by each, once it has decided."""
-        self._to_transports(event, released)
+    def send(self, written: Written, undecided: bool = False) -> Written:
+        """Take events for the transports.
 
-    def _to_transports(self, event: OutgoingEvent, released: Released | None = None) -> None:
-        for lane in self._transports.values():
-            self._put(lane, event, released)
+        Args:
+            written: What was written just now.
+            undecided: Whether they wait for `decide`.
 
-    def _put(self, lane: Lane, event: OutgoingEvent, released: Released | None) -> None:
-        if lane.put(event, released):
-            self._on_loop(lane.wake)
-        if self._thread is None:
-            self.start()
+        Returns:
+            The same, as `decide` and `when` take it.
+        """
+        with self._lock:
+            if written.outbox is None:
+                # Without a file that is read back, numbers stand in the place of its bytes.
+                ends = [next(self._numbers) + 1 for _ in written.events]
+                written = written._replace(begin=ends[0] - 1, ends=ends)
+            for sender, worker in self._senders.values():
+                room = 0 if self._closed else self._settings.max_pending_events
+                sender.backlog.grow(written, undecided, room)
+                if not self._closed:
+                    worker.poke()
+        return written
+
+    def decide(self, written: Written, index: int, taken: bool) -> None:
+        """Note whether the callback took an event, so that transports need not get it."""
+        # Those that are away too: they may come back.
+        for backlog in tuple(self._backlogs.values()):
+            backlog.decide(written, index, taken)
+        for _, worker in tuple(self._senders.values()):
+            worker.poke()
+
+    @property
+    def live(self) -> bool:
+        """Whether all transports will probably soon have what comes now."""
+        return not self._closed and all(s.live for s, _ in self._senders.values())
+
+    def when(self, written: Written, call: Released) -> int:
+        """Have `call` called by each transport that gets past these events; return how often."""
+        count = 0
+        for sender, worker in tuple(self._senders.values()):
+            count += sender.backlog.when(call, written.session, written)
+            worker.poke()
+        return count
+
+    def flush(self, session: str | None, deadline: float) -> tuple[str, ...]:
+        """Wait until transports have all that is written now.
+
+        Args:
+            session: Of this session; None is all.
+            deadline: At the latest, on the monotonic clock.
+
+        Returns:
+            The names of those that have not.
+        """
+        waits = []
+        for name, (sender, worker) in tuple(self._senders.items()):
+            reached = threading.Semaphore(0)
+            count = sender.backlog.when(reached.release, session)
+            worker.poke()
+            waits.append((name, reached, count))
+        return tuple(name for name, reached, count in waits if not _all(reached, count, deadline))
+
+    def resend_rejected(self, name: str | None) -> int:
+        """Send what was refused again; return how many events that are.
+
+        Args:
+            name: By which transport; None is any.
+
+        Raises:
+            ValueError: There is none of that name, or nothing is kept.
+        """
+        if name is not None and name not in self._senders:
+            raise ValueError(f"no transport is named {name!r}; there are {sorted(self._senders)}")
+        if self.outbox is None:
+            raise ValueError("rejected events can be sent again from session files in 'jsonl' only")
+        count = 0
+        for known, (sender, worker) in tuple(self._senders.items()):
+            if name in (None, known):
+                count += sender.resend()
+                worker.poke()
+        return count
 
     def start(self) -> None:
-        """Start the thread, unless it runs or there is nothing to deliver to."""
-        with self._lock:
-            if self._transports or self._callback is not None:
-                self._start()
-        if self._closed:
-            self._abandon()
+        """Start the threads, unless there is nothing to deliver to."""
+        if not self._closed:
+            for _, worker in self._lanes():
+                worker.start()
 
-    def _start(self) -> None:
-        if self._thread is not None or self._closed:
-            return
-        ready = threading.Event()
-        thread = threading.Thread(
-            target=self._run, args=(ready,), name="eventlog-delivery", daemon=True
-        )
-        self._thread = thread
-        try:
-            thread.start()
-        except RuntimeError:
-            # From 3.12 on none can be started once the interpreter ends; the files have it all.
-            self._thread = None
-            return
-        ready.wait(START_SECONDS)
-
-    def _run(self, ready: threading.Event) -> None:
-        try:
-            anyio.run(self._main, ready)
-        except Exception as error:
-            self._report.tell(error, "delivery thread")
-        finally:
-            self._loop = self._group = self._thread = None
-            ready.set()
-
-    async def _main(self, ready: threading.Event) -> None:
-        delivering.set(True)
-        self._context = contextvars.copy_context()
-        self._stopping = anyio.Event()
-        async with anyio.create_task_group() as group:
-            self._loop, self._group = asyncio.get_running_loop(), group
-            for lane in self._lanes():
-                self._adopt(lane)
-            ready.set()
-            await self._stopping.wait()
-            with anyio.move_on_after(self._deadline - time.monotonic()):
-                await self._finish()
-            for lane in self._running:
-                lane.cancelling()
-            group.cancel_scope.cancel()
-
-    def _adopt(self, lane: Lane) -> None:
-        if self._group is not None and lane not in self._running:
-            self._running[lane] = anyio.Event()
-            self._group.start_soon(self._run_lane, lane)
-
-    async def _run_lane(self, lane: Lane) -> None:
-        try:
-            await lane.run()
-        finally:
-            self._running.pop(lane).set()
-
-    async def _finish(self) -> None:
-        """End every lane: callbacks first, as what they do not take goes to the transports."""
-        running = list(self._running.items())
-        for kind in (CallbackLane, TransportLane):
-            for lane, _ in running:
-                if isinstance(lane, kind):
-                    lane.end()
-            for lane, ended in running:
-                if isinstance(lane, kind):
-                    await ended.wait()
-
-    def _lanes(self) -> list[Lane]:
+    def _lanes(self) -> list[tuple[CallbackLane | Sender, Worker]]:
         callback = [self._callback] if self._callback is not None else []
-        return [*callback, *self._transports.values()]
+        return [*callback, *self._senders.values()]
 
     def close_soon(self) -> None:
         """Begin to end every lane, without waiting; for a garbage collection."""
         self._closed = True
-        self._deadline = time.monotonic() + self._settings.shutdown_timeout_seconds
-        if self._stopping is not None:
-            self._on_loop(self._stopping.set)
+        deadline = time.monotonic() + self._settings.shutdown_timeout_seconds
+        for _, worker in self._lanes():
+            worker.end(deadline)
 
     def close(self, deadline: float) -> None:
-        """End every lane and the thread, and close the transports. Blocks until `deadline`."""
+        """End every lane and its thread, and close the transports. Blocks until `deadline`."""
         with self._lock:
-            if self._transports:
-                self._start()
+            # A transport that was never used is ours to close all the same.
+            for _, worker in self._senders.values():
+                worker.start()
             self._closed = True
-            self._deadline = deadline
-            thread = self._thread
-            if self._stopping is not None:
-                self._on_loop(self._stopping.set)
-        if thread is not None:
-            # A transport that blocks its loop is left behind with it: the thread is a daemon.
-            thread.join(max(0.0, deadline - time.monotonic()) + CLOSE_SECONDS)
-        self._abandon()
-
-    def _abandon(self) -> None:
-        if self._thread is None:
-            for lane in self._lanes():
-                lane.abandon()
+            # Files take late events still, which the next process has to know of.
+            self._changes += 1
+        # Callbacks first, as what they do not take goes to the transports.
+        callback = [] if self._callback is None else [self._callback[1]]
+        transports = [worker for _, worker in self._senders.values()]
+        for workers in (callback, [*transports, *self._parting]):
+            for worker in workers:
+                worker.end(deadline)
+            for worker in workers:
+                if worker.join(deadline):
+                    worker.lane.abandon()
+        for sender in self._last.values():
+            if sender.ended:
+                sender.release(keep=False)
+        for outbox in self._outboxes:
+            outbox.close()
+        for sender in self._last.values():
+            # What was written while all this ended.
+            sender.save_all()
 
     def after_fork_in_child(self) -> None:
-        """The parent delivers what was handed over before; the child starts a thread of its own."""
-        self._lock = threading.Lock()
-        self._loop = self._group = self._thread = self._stopping = None
-        self._running = {}
-        for lane in self._lanes():
-            lane.after_fork_in_child()
+        """The parent delivers what was handed over before; the child starts threads of its own."""
+        self._lock = threading.RLock()
+        self._parting = []
+        for _, worker in self._lanes():
+            worker.forked()
+
+    @property
+    def kind(self) -> str:
+        """What is promised: `at-least-once`, `unsaved` or `live-only`."""
+        if self.outbox is None:
+            return "live-only"
+        return "unsaved" if self.outbox.failing else "at-least-once"
 
     def stats(self) -> dict[str, TransportStats]:
         """Return the figures of each downstream, by name."""
-        return {lane.name: lane.stats() for lane in self._lanes()}
+        return {lane.name: lane.stats() for lane, _ in self._lanes()}
+
+
+def _all(reached: threading.Semaphore, count: int, deadline: float) -> bool:
+    """Wait for `count` releases."""
+    return all(reached.acquire(timeout=max(0.0, deadline - time.monotonic())) for _ in range(count))
+
+
+class FileRegister:
+    """What one gateway's files know of its delivery, see `Registrar`.
+
+    Args:
+        delivery: Whose lanes read the files.
+    """
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self.outbox = delivery.outbox
+
+    @property
+    def generation(self) -> int:
+        """A number that changes when files have to be made known again."""
+        return self._delivery.generation
+
+    def register(self, path: str, session: str, size: int) -> int:
+        """Make a file known."""
+        return self._delivery.register(self.outbox, path, session, size)

@@ -98,12 +98,6 @@ class Feed:
                 return
         self.gateway._report.drop_untold("overflow", event.session_id)
 
-    def flush(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until all events handed off so far are in their files; return whether they are."""
-        longest = self._listener.shutdown_timeout_seconds
-        seconds = longest if timeout_seconds is None else timeout_seconds
-        return self._listener.drain(time.monotonic() + seconds)
-
     def close(self, late: bool) -> None:
         """Write what is left, within the shutdown budget; the gateway is closed if it is our own.
 

@@ -16,7 +16,7 @@ import orjson
 
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._snapshot import as_record
-from eventlog_handler.typing import EncodedEvent, LineFormatter, OutgoingEvent
+from eventlog_handler.typing import EncodedEvent, LineFormatter, Registrar, Written
 
 LARGEST_WRITE = 256 * 1024
 """Bytes in one `write`; a process killed in mid-write tore lines of 8 MB, never of 1 MB."""
@@ -68,7 +68,7 @@ class Layout:
 class _File:
     """What is remembered of a session's file; its descriptor may be closed and opened again."""
 
-    __slots__ = ("fd", "name", "named", "seq", "size")
+    __slots__ = ("fd", "generation", "name", "named", "seq", "size")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -77,6 +77,8 @@ class _File:
         """Whether its directory entry is on the disk."""
         self.seq = 0
         self.size = 0
+        self.generation = -1
+        """In which the registrar knows of it."""
 
 
 class SessionFiles:
@@ -88,6 +90,8 @@ class SessionFiles:
         max_open_files: Descriptors held at once; the least recently used is closed.
         file_mode: Permission bits of new files.
         directory_mode: Permission bits of new directories.
+        max_file_bytes: A file that is as large is not written any more; None is no limit.
+        registrar: Hears of each file before its first line; None where nobody reads it back.
     """
 
     def __init__(
@@ -98,12 +102,16 @@ class SessionFiles:
         max_open_files: int,
         file_mode: int,
         directory_mode: int,
+        max_file_bytes: int | None = None,
+        registrar: Registrar | None = None,
     ) -> None:
         self._paths = paths
         self._layout = layout
         self._max_open = max_open_files
         self._file_mode = file_mode
         self._directory_mode = directory_mode
+        self._max_bytes = max_file_bytes
+        self._registrar = registrar
         self._known: dict[str | None, _File] = {}
         self._open: OrderedDict[str | None, _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -129,7 +137,7 @@ class SessionFiles:
         self,
         session_id: str | None,
         events: Sequence[EncodedEvent],
-        then: Callable[[list[OutgoingEvent]], object],
+        then: Callable[[Written], object],
     ) -> int:
         """Write the first of `events`, as many as go into one write; call again for the rest.
 
@@ -146,40 +154,72 @@ class SessionFiles:
             OSError: Nothing was written; the file ends with the last whole line.
         """
         with self._lock:
-            file = self._opened(session_id)
-            data, outgoing = self._chunk(file, session_id, events)
-            self._write(session_id, file, data)
+            file, written, size = self._append(session_id, events)
             if os.fstat(file.fd).st_nlink == 0:
                 # Somebody deleted the file under our feet. Asking after the write instead of
                 # before leaves no gap between the two.
                 self._forget(session_id)
-                file = self._opened(session_id)
-                data, outgoing = self._chunk(file, session_id, events)
-                self._write(session_id, file, data)
-            file.seq += len(outgoing)
-            self.written += len(outgoing)
-            self.bytes += len(data)
-            then(outgoing)
-            return len(outgoing)
+                file, written, size = self._append(session_id, events)
+            file.seq += len(written.lines)
+            self.written += len(written.lines)
+            self.bytes += size
+            then(written)
+            return len(written.lines)
+
+    def _append(
+        self, session_id: str | None, events: Sequence[EncodedEvent]
+    ) -> tuple[_File, Written, int]:
+        file = self._opened(session_id)
+        if self._max_bytes is not None and file.size >= self._max_bytes:
+            self._forget(session_id)
+            file = self._opened(session_id)
+        name = self._paths.unknown_name if session_id is None else session_id
+        path = "/".join((*self._paths.directory(session_id), file.name))
+        registrar = self._registrar
+        if registrar is not None and file.generation != registrar.generation:
+            file.generation = registrar.register(path, name, file.size)
+        outbox = None if registrar is None else registrar.outbox
+        data, lines, ends = self._chunk(file, events)
+        written = Written(outbox, path, name, file.size, events[: len(lines)], lines, ends)
+        self._write(session_id, file, data)
+        return file, written, len(data)
 
     def _chunk(
-        self, file: _File, session_id: str | None, events: Sequence[EncodedEvent]
-    ) -> tuple[bytes, list[OutgoingEvent]]:
-        name = self._paths.directory(None)[-1] if session_id is None else session_id
+        self, file: _File, events: Sequence[EncodedEvent]
+    ) -> tuple[bytes, list[bytes], list[int]]:
+        """Return what is written at once, the lines in it, and where in the file each will end."""
+        lines: list[bytes] = []
         texts: list[bytes] = []
-        outgoing: list[OutgoingEvent] = []
-        total = 0
+        ends: list[int] = []
+        end = file.size
         for seq, event in enumerate(events, file.seq + 1):
             line = event.line(seq)
             text = self._layout.text(line)
-            total += len(text)
-            if texts and total > LARGEST_WRITE:
+            end += len(text)
+            if texts and end - file.size > LARGEST_WRITE:
                 break
+            lines.append(line)
             texts.append(text)
-            outgoing.append(OutgoingEvent(line, event.id, name, event.type, event.timestamp))
+            ends.append(end)
         layout = self._layout
         before = layout.separator if file.size else layout.opening
-        return before + layout.separator.join(texts) + layout.closing, outgoing
+        return before + layout.separator.join(texts) + layout.closing, lines, ends
+
+    def committed(self, session: str, path: str) -> int | None:
+        """Return how much of a file is written for good, or None where we do not write it.
+
+        Args:
+            session: As in `Written`.
+            path: Below the base.
+        """
+        for session_id in (session, None):
+            file = self._known.get(session_id)
+            # One that is not open and has no bytes is no more than a name, perhaps another's.
+            if file is not None and (file.fd >= 0 or file.size):
+                levels = self._paths.directory(session_id)
+                if path == "/".join((*levels, file.name)):
+                    return file.size
+        return None
 
     def _write(self, session_id: str | None, file: _File, data: bytes) -> None:
         start = max(0, file.size - len(self._layout.closing))
@@ -329,6 +369,29 @@ class SessionFiles:
         self._lock = threading.Lock()
         self._close_oldest(0)
         self._known.clear()
+
+
+def open_below(base: Path, path: str) -> int:
+    """Open a file for reading, level by level as it is written, and return its descriptor.
+
+    Args:
+        base: The base directory.
+        path: Below it.
+
+    Raises:
+        OSError: It is not there, or a link or something else stands in its way.
+    """
+    *levels, name = path.split("/")
+    fd = os.open(base, _DIRECTORY)
+    try:
+        for level in levels:
+            inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(name, flags, dir_fd=fd)
+    finally:
+        os.close(fd)
 
 
 def sync_directory(path: Path) -> None:

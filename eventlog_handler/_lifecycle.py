@@ -27,6 +27,20 @@ class Owner(Protocol):
         """Forget the parent's threads, locks and descriptors."""
 
 
+class Connected(Protocol):
+    """Something that must not cross a fork as it is."""
+
+    def before_fork(self) -> None:
+        """Let go of it."""
+
+    def after_fork_in_parent(self) -> None:
+        """Take it up again."""
+
+    def after_fork_in_child(self) -> None:
+        """Forget what is the parent's."""
+
+
+_connected: dict[int, weakref.ref[Connected]] = {}
 _owners: dict[int, tuple[int, weakref.ref[Owner]]] = {}
 _keys = itertools.count()
 _hooked = False
@@ -64,9 +78,34 @@ def reset_all() -> None:
     """Reset every owner in a forked child."""
     # First, as owners name files by it.
     renew_process_id()
+    for connected in _linked():
+        connected.after_fork_in_child()
     for owner in _living():
         owner.after_fork_in_child()
     _hook_multiprocessing()
+
+
+def part_before_forks(connected: Connected) -> None:
+    """Have `connected` called around every fork; it is not kept alive."""
+    key = next(_keys)
+    _connected[key] = weakref.ref(connected, lambda _: _connected.pop(key, None))
+
+
+def _linked() -> list[Connected]:
+    # A copy in one step, as in `_living`.
+    return [found for ref in list(_connected.values()) if (found := ref()) is not None]
+
+
+def prepare_all() -> None:
+    """Let go of what must not cross a fork."""
+    for connected in _linked():
+        connected.before_fork()
+
+
+def resume_all() -> None:
+    """Go on in the parent after a fork."""
+    for connected in _linked():
+        connected.after_fork_in_parent()
 
 
 def _hook_multiprocessing() -> None:
@@ -90,5 +129,5 @@ def _end_with_multiprocessing(_: object) -> None:
 # Registered after logging's own hook, as that module was imported first: so it runs before
 # `logging.shutdown` closes our handlers.
 atexit.register(end_all)
-os.register_at_fork(after_in_child=reset_all)
+os.register_at_fork(before=prepare_all, after_in_parent=resume_all, after_in_child=reset_all)
 _hook_multiprocessing()

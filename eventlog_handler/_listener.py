@@ -276,19 +276,30 @@ class Listener:
             self._kept.setdefault(session_id, []).append(notice)
             report.notices += 1
 
-    def drain(self, deadline: float) -> bool:
-        """Wait until all that was put before is written; return whether it was by `deadline`."""
+    def drain(self, deadline: float, session_id: str | None = None) -> int:
+        """Wait until all that was put before is written; return how many events are not.
+
+        Args:
+            deadline: At the latest, on the monotonic clock.
+            session_id: Only this session's; None is all.
+        """
         if self.is_current_thread:
             # An error handler that flushes: waiting for itself would be until the deadline.
-            return False
+            return self.depth
         reached = threading.Event()
         self._handoff.put_marker(reached.set)
         if not self._running:
             self.start()
         reached.wait(max(0.0, deadline - time.monotonic()))
-        while self.kept and time.monotonic() < deadline:
+        while self._kept_of(session_id) and time.monotonic() < deadline:
             time.sleep(FULL_PAUSE_SECONDS)
-        return reached.is_set() and not self.kept
+        return self._kept_of(session_id) if reached.is_set() else max(1, self.depth)
+
+    def _kept_of(self, session_id: str | None) -> int:
+        if session_id is None:
+            return self.kept
+        kept, unsynced = self._kept.get(session_id, ()), self._unsynced.get(session_id, ())
+        return len(kept) + len(unsynced)
 
     def end_soon(self, owned: bool) -> None:
         """Have the thread write what is left and end; nothing here waits, for a finalizer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -116,12 +117,27 @@ class SessionPaths:
         unknown = parse_unknown_pattern("unknown_session_pattern", unknown_pattern)
         self.unknown = _fill(unknown, unknown_uuid)
         """The id that events without a session go under."""
+        self.unknown_name = session_to_name(self.unknown)
+        """The name of their directory."""
 
     def directory(self, session_id: str | None) -> tuple[str, ...]:
         """Return the levels below the base of a session's directory; None is the unknown one."""
         if session_id is None:
-            return (*self._parents, session_to_name(self.unknown))
+            return (*self._parents, self.unknown_name)
         return (*self._parents, session_to_name(_fill(self._last, session_id)))
+
+    def session(self, levels: Sequence[str], said: str | None) -> str:
+        """Return which session a directory is of.
+
+        Args:
+            levels: As `directory` returns them.
+            said: What an event in it says; it decides where a name does not tell (a hash).
+        """
+        if said is not None and self.directory(said) == tuple(levels):
+            return said
+        if self._last == [("", True)]:
+            return name_to_session(levels[-1]) or levels[-1]
+        return levels[-1]
 
     def file_name(self, now: datetime, taken: int = 0) -> str:
         """Return a file's name.

@@ -6,11 +6,14 @@ EventSessionLoggerError
 ├── SerializationError
 └── TransportError
     ├── TransportConnectionError
+    ├── TransportRejectedError
     └── TransportTimeoutError
 ```
 
 A wrong option is a plain `ValueError` or `TypeError`, raised where it is configured.
 """
+
+from __future__ import annotations
 
 
 class EventSessionLoggerError(Exception):
@@ -29,11 +32,24 @@ class SerializationError(EventSessionLoggerError):
 
 
 class TransportError(EventSessionLoggerError):
-    """A transport did not take an event; raise it, or one of its children, from `send`."""
+    """A transport did not take an event; raise it, or one of its children, from `send`.
+
+    Args:
+        *args: The reason, without secrets: it is told and kept.
+        retry_after_seconds: How long the far side asks to be left alone (HTTP's `Retry-After`).
+    """
+
+    def __init__(self, *args: object, retry_after_seconds: float | None = None) -> None:
+        super().__init__(*args)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class TransportConnectionError(TransportError):
     """The far side cannot be reached."""
+
+
+class TransportRejectedError(TransportError):
+    """The far side refuses this event for good (too large, malformed): it is parked."""
 
 
 class TransportTimeoutError(TransportError):

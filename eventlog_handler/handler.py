@@ -6,13 +6,11 @@ import logging
 import sys
 from typing import Any
 
-from eventlog_handler._context import delivering, is_teed
+from eventlog_handler._context import delivering, is_silenced, is_teed
 from eventlog_handler._feed import Feed
 from eventlog_handler._snapshot import json_object, record_fields
 from eventlog_handler.session_logger import EventSessionLogger
-from eventlog_handler.typing import EventFields, Stats
-
-OWN_LOGGER = "eventlog_handler"
+from eventlog_handler.typing import EventFields, FlushReceipt, Stats
 
 
 class EventLogHandler(logging.Handler):
@@ -93,8 +91,7 @@ class EventLogHandler(logging.Handler):
     def _is_ours(self, record: logging.LogRecord) -> bool:
         """Whether it speaks of us, or is an event that our processor has taken already."""
         # A record that was made by hand may have no name.
-        speaks_of_us = str(record.name).startswith(OWN_LOGGER)
-        return speaks_of_us or is_teed(self.gateway._settings.log_base_dir)
+        return is_silenced(str(record.name)) or is_teed(self.gateway._settings.log_base_dir)
 
     def _fields(self, record: logging.LogRecord) -> tuple[EventFields, bool]:
         """Return the event's fields, and whether a formatter has decided which they are."""
@@ -109,9 +106,23 @@ class EventLogHandler(logging.Handler):
                 self.gateway._report.local(error, "formatter")
         return record_fields(record), False
 
-    def flush(self) -> None:
-        """Wait until all events handed off so far are in their files, or the budget is used up."""
-        self._feed.flush()
+    def flush(  # type: ignore[override]  # `logging` itself ignores what it returns
+        self, session_id: str | None = None, until: str = "file", timeout: float | None = None
+    ) -> FlushReceipt:
+        """Wait until what was logged so far is where it has to be.
+
+        Args:
+            session_id: Only this session's events, so that no other one is waited for; None is all.
+            until: `file`: in the session files. `transport`: acknowledged by all transports too.
+            timeout: At most this many seconds; `shutdown_timeout_seconds` unless given.
+
+        Returns:
+            What was reached; true if all was.
+
+        Raises:
+            ValueError: `until` is something else.
+        """
+        return self.gateway._flush(session_id, until, timeout)
 
     def stats(self) -> Stats:
         """Return the gateway's figures."""

@@ -13,7 +13,7 @@ from eventlog_handler._context import delivering, tee
 from eventlog_handler._feed import Feed
 from eventlog_handler._snapshot import structlog_fields
 from eventlog_handler.session_logger import EventSessionLogger
-from eventlog_handler.typing import Stats
+from eventlog_handler.typing import FlushReceipt, Stats
 
 
 class EventLogProcessor:
@@ -91,16 +91,23 @@ class EventLogProcessor:
             found = found.parent if found.propagate else None
         return looks
 
-    def flush(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until all events handed off so far are in their files.
+    def flush(
+        self, session_id: str | None = None, until: str = "file", timeout: float | None = None
+    ) -> FlushReceipt:
+        """Wait until what was logged so far is where it has to be.
 
         Args:
-            timeout_seconds: At most this long; the shutdown budget unless given.
+            session_id: Only this session's events, so that no other one is waited for; None is all.
+            until: `file`: in the session files. `transport`: acknowledged by all transports too.
+            timeout: At most this many seconds; `shutdown_timeout_seconds` unless given.
 
         Returns:
-            Whether they are.
+            What was reached; true if all was.
+
+        Raises:
+            ValueError: `until` is something else.
         """
-        return self._feed.flush(timeout_seconds)
+        return self.gateway._flush(session_id, until, timeout)
 
     def stats(self) -> Stats:
         """Return the gateway's figures."""

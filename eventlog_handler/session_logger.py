@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +14,20 @@ import anyio
 import anyio.to_thread
 
 from eventlog_handler import _lifecycle
-from eventlog_handler._config import OPTION_NAMES, Settings, remember_given, resolve
+from eventlog_handler._config import (
+    OPTION_NAMES,
+    Settings,
+    check_one_of,
+    remember_given,
+    resolve,
+)
 from eventlog_handler._context import captures
-from eventlog_handler._delivery import Delivery
+from eventlog_handler._delivery import Delivery, FileRegister
+from eventlog_handler._downstream import Callback
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._intake import Intake
-from eventlog_handler._lanes import Callback
 from eventlog_handler._report import Report
-from eventlog_handler._waiter import Waiter
+from eventlog_handler._waiter import Turns, Waiter
 from eventlog_handler.exceptions import (
     EventSessionLoggerError,
     LocalLoggingError,
@@ -36,8 +39,9 @@ from eventlog_handler.typing import (
     DrainedBeforeClose,
     EncodedEvent,
     ErrorHandler,
-    OutgoingEvent,
+    FlushReceipt,
     Stats,
+    Written,
 )
 
 _FILE_OPTIONS = (
@@ -49,10 +53,8 @@ _FILE_OPTIONS = (
     "formatter",
     "file_mode",
     "directory_mode",
+    "max_file_bytes",
     "max_open_files",
-)
-_in_callback: contextvars.ContextVar[frozenset[str | None]] = contextvars.ContextVar(
-    "eventlog_handler.in_callback", default=frozenset()
 )
 
 
@@ -84,13 +86,15 @@ class EventSessionLogger:
             (`AGENT_LOG_SESSION_PATTERN`).
         unknown_session_pattern: For events without a session; `{uuid}` is chosen once
             (`AGENT_LOG_UNKNOWN_PATTERN`).
-        **kwargs: `breaker_failures`: failed attempts in a row that open the breaker.
-            `breaker_reset_seconds`: until the probe. `directory_mode`, `file_mode`: permission
-            bits. `downstream_wait_seconds`: the longest that a call waits for a transport that is
-            well. `formatter`: for `custom`, a callable that gets a line's object, or a
-            `logging.Formatter`. `max_open_files`: descriptors. `max_pending_events`: kept in memory
-            for each transport during an outage. `processors`: callables that get an event's own
-            copy of its fields as JSON-like data and return what is stored.
+        **kwargs: `batch_bytes`, `batch_events`, `batch_seconds`: when a batch is full, and how long
+            it may wait for that. `breaker_failures`: failed attempts in a row that open the
+            breaker. `breaker_reset_seconds`: until the probe. `directory_mode`, `file_mode`:
+            permission bits. `downstream_wait_seconds`: the longest that a call waits for a
+            transport that is well. `formatter`: for `custom`, a callable that gets a line's object,
+            or a `logging.Formatter`. `max_file_bytes`: when a session's next file begins.
+            `max_open_files`: descriptors. `max_pending_events`: kept in memory for the callback,
+            and for transports where no file is read back. `processors`: callables that get an
+            event's own copy of its fields as JSON-like data and return what is stored.
             `retry_max_delay_seconds`: where doubling ends. `send_timeout_seconds`: for one attempt.
             `session_id_field`: the name of the session's field. `shutdown_timeout_seconds`: the
             budget of closing.
@@ -124,14 +128,21 @@ class EventSessionLogger:
         self._uuid = str(uuid.uuid4())
         self._report = Report(settings.error_handler)
         self._intake = Intake(settings, self._report)
-        self._delivery = Delivery(settings, self._report)
+        this = weakref.ref(self)
+
+        def committed(session: str, path: str) -> int | None:
+            # Weakly: the delivery's threads must not keep a forgotten gateway alive.
+            gateway = this()
+            return None if gateway is None else gateway._files.committed(session, path)
+
+        self._delivery = Delivery(settings, self._report, committed)
         self._files = self._new_files(settings)
         self._callback: Callback | None = None
-        self._turns: dict[tuple[int, str | None], tuple[anyio.Lock, list[None]]] = {}
+        self._turns = Turns()
         self._listener: DrainedBeforeClose | None = None
         self._closed = False
-        self._passed = self._calls = 0
-        self._overhead = self._overhead_max = 0.0
+        self._passed = self._calls = self._received = 0
+        self._overhead = self._overhead_max = self._direct = 0.0
         self._apply(settings, None)
         self._delivery.use_transports(transports)
         weakref.finalize(self, self._delivery.close_soon).atexit = False
@@ -158,7 +169,7 @@ class EventSessionLogger:
                 self._callback = Callback(function, settings, self._report)
             self._delivery.use_callback(self._callback)
         elif self._callback is not None:
-            self._callback.use_settings(settings)
+            self._callback.settings = settings
 
     def _new_files(self, settings: Settings) -> SessionFiles:
         report = self._report
@@ -175,6 +186,8 @@ class EventSessionLogger:
             max_open_files=settings.max_open_files,
             file_mode=settings.file_mode,
             directory_mode=settings.directory_mode,
+            max_file_bytes=settings.max_file_bytes,
+            registrar=FileRegister(self._delivery),
         )
         weakref.finalize(self, files.close).atexit = False
         return files
@@ -212,41 +225,40 @@ class EventSessionLogger:
         encoded = self._intake.snapshot(fields, session_id, time.time())
         if captures:
             return encoded is not None
-        waiter = Waiter(self._delivery.live_transports if encoded is not None else 0)
-        outgoing = None if encoded is None else self._write_one(encoded, waiter)
+        written = None if encoded is None else self._write_one(encoded)
         self._note_overhead(time.perf_counter() - started)
-        if self._callback is None or not await self._call_back(
-            self._callback, event, outgoing, waiter
-        ):
-            await waiter.wait(self._settings.downstream_wait_seconds)
-        return outgoing is not None and self._settings.enable_local_logging
+        callback = self._callback
+        if callback is None or not await self._call_back(callback, event, written):
+            await self._wait(written)
+        return written is not None and self._settings.enable_local_logging
 
-    def _write_one(self, event: EncodedEvent, waiter: Waiter) -> OutgoingEvent:
-        written: list[OutgoingEvent] = []
+    def _write_one(self, event: EncodedEvent) -> Written:
+        """Write an event; transports have it, or wait for the callback's word."""
+        found: list[Written] = []
 
-        def forward(outgoing: Sequence[OutgoingEvent]) -> None:
-            written.extend(outgoing)
-            if self._callback is None:
-                self._delivery.send(outgoing[0], waiter.released)
+        def forward(written: Written) -> None:
+            found.append(self._delivery.send(written, undecided=self._callback is not None))
 
+        started = time.perf_counter()
         try:
             self._write(event.session_id, [event], forward)
         except Exception as error:
             self._report.local(error, "local logging")
             raise LocalLoggingError(f"local logging failed: {error}") from error
-        return written[0]
+        self._direct += time.perf_counter() - started
+        return found[0]
 
     def _write(
         self,
         session_id: str | None,
         events: Sequence[EncodedEvent],
-        then: Callable[[Sequence[OutgoingEvent]], None],
+        then: Callable[[Written], object],
     ) -> int:
         """Write the first of `events` and pass them to `then`; return how many; raises OSError."""
         if self._settings.enable_local_logging:
             return self._files.append(session_id, events, then)
         name = self.get_session_directory(session_id).name if session_id is None else session_id
-        then([OutgoingEvent(e.line(None), e.id, name, e.type, e.timestamp) for e in events])
+        then(Written(None, "", name, 0, events, [event.line(None) for event in events], []))
         self._passed += len(events)
         return len(events)
 
@@ -259,45 +271,25 @@ class EventSessionLogger:
         self._overhead += seconds
         self._overhead_max = max(self._overhead_max, seconds)
 
-    async def _call_back(
-        self, callback: Callback, event: Any, outgoing: OutgoingEvent | None, waiter: Waiter
-    ) -> bool:
-        """Give the live event to the callback; what it does not take goes to the transports."""
-        session_id = outgoing.session_id if outgoing is not None else None
-        settled = False
-        try:
-            async with self._turn(session_id):
-                taken = await callback.deliver(event)
-                if not taken and outgoing is not None:
-                    self._delivery.send(outgoing, waiter.released)
-                settled = True
-        finally:
-            # The caller was cancelled: whether the callback has taken the event is not known.
-            if not settled and outgoing is not None:
-                self._delivery.send(outgoing, waiter.released)
-        return taken
+    async def _wait(self, written: Written | None) -> None:
+        """Wait until the transports have an event, if they are well, and not for long."""
+        seconds = self._settings.downstream_wait_seconds
+        if written is not None and seconds and self._delivery.live:
+            waiter = Waiter()
+            waiter.expect(self._delivery.when(written, waiter.released))
+            await waiter.wait(seconds)
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, session_id: str | None) -> AsyncIterator[None]:
-        """Let the tasks of an event loop pass one by one for a session, in order of their lines."""
-        if session_id in _in_callback.get():
-            # The callback logs to its own session: waiting for itself would be for ever.
-            yield
-            return
-        key = threading.get_ident(), session_id
-        lock, users = self._turns.setdefault(key, (anyio.Lock(), []))
-        users.append(None)
-        token = None
+    async def _call_back(self, callback: Callback, event: Any, written: Written | None) -> bool:
+        """Give the live event to the callback; what it does not take goes to the transports."""
+        taken = False
         try:
-            async with lock:
-                token = _in_callback.set(_in_callback.get() | {session_id})
-                yield
+            async with self._turns.take(None if written is None else written.session):
+                taken = await callback.deliver(event)
         finally:
-            if token is not None:
-                _in_callback.reset(token)
-            users.pop()
-            if not users:
-                self._turns.pop(key, None)
+            # Where the caller is cancelled, whether the callback has taken the event is not known.
+            if written is not None:
+                self._delivery.decide(written, 0, taken)
+        return taken
 
     def configure_from_env(self) -> None:
         """Read the environment again; what the constructor was given stays.
@@ -318,7 +310,8 @@ class EventSessionLogger:
     def update_downstream_transport(self, transport: Any) -> None:
         """Send to `transport` (or a list) from the next event on; None sends nowhere.
 
-        The old one gets what is queued for it and is closed.
+        The old one gets what was written for it while it is well, and is closed; one of the same
+        name goes on where it stopped.
 
         Raises:
             TypeError: It is no transport; nothing is changed.
@@ -332,12 +325,54 @@ class EventSessionLogger:
         self._apply(resolve(given), self._settings)
         self._given = given
 
-    def get_log_file_path(self, session_id: str | None) -> Path:
-        """Return the file that a session's events go to, or will with its first event.
+    async def flush(
+        self, session_id: str | None = None, until: str = "file", timeout: float | None = None
+    ) -> FlushReceipt:
+        """Wait until what was logged so far is where it has to be.
 
         Args:
-            session_id: The session; None is the one of events without any.
+            session_id: Only this session's events, so that no other one is waited for; None is all.
+            until: `file`: in the session files. `transport`: acknowledged by all transports too.
+            timeout: At most this many seconds; `shutdown_timeout_seconds` unless given.
+
+        Returns:
+            What was reached; true if all was.
+
+        Raises:
+            ValueError: `until` is something else.
         """
+        return await anyio.to_thread.run_sync(
+            self._flush, session_id, until, timeout, abandon_on_cancel=True
+        )
+
+    def _flush(self, session_id: str | None, until: str, timeout: float | None) -> FlushReceipt:
+        check_one_of("file", "transport")("until", until)
+        seconds = self._settings.shutdown_timeout_seconds if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        waiting = 0 if self._listener is None else self._listener.drain(deadline, session_id)
+        behind: tuple[str, ...] = ()
+        if until == "transport":
+            behind = self._delivery.flush(session_id, deadline)
+        return FlushReceipt(not waiting and not behind, until, session_id, waiting, behind)
+
+    def resend_rejected(self, transport: str | None = None) -> int:
+        """Send again what transports have refused for good, out of `.eventlog/rejected/`.
+
+        What is refused again is parked again.
+
+        Args:
+            transport: The name of one, as in `stats()`; None is all.
+
+        Returns:
+            How many events are sent again, as soon as their transport takes them.
+
+        Raises:
+            ValueError: There is no transport of that name, or no session files in `jsonl`.
+        """
+        return self._delivery.resend_rejected(transport)
+
+    def get_log_file_path(self, session_id: str | None) -> Path:
+        """Return the file that a session's events go to, or will; None is the unknown session."""
         return self._files.path(session_id)
 
     def get_session_directory(self, session_id: str | None) -> Path:
@@ -354,8 +389,11 @@ class EventSessionLogger:
         depth = 0 if self._listener is None else self._listener.depth
         durability = "memory" if self._listener is None else self._listener.durability
         dropped = dict(report.dropped)
+        handled = files.written + self._passed + sum(dropped.values()) + depth - report.notices
+        # What is being written counts twice for a moment; nothing is ever taken back.
+        self._received = max(self._received, handled)
         return Stats(
-            received=files.written + self._passed + sum(dropped.values()) + depth - report.notices,
+            received=self._received,
             written=files.written,
             bytes=files.bytes,
             local_errors=report.local_errors,
@@ -364,6 +402,8 @@ class EventSessionLogger:
             durability=durability,
             overhead_mean_seconds=self._overhead / max(1, self._calls),
             overhead_max_seconds=self._overhead_max,
+            direct_mean_seconds=self._direct / max(1, self._calls),
+            delivery=self._delivery.kind,
             transports=self._delivery.stats(),
         )
 

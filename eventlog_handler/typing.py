@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 DownstreamCallback = Callable[[Any], Awaitable[None]]
@@ -67,19 +67,76 @@ class OutgoingEvent(NamedTuple):
         }
 
 
+class Written(NamedTuple):
+    """Events of one session that were written together."""
+
+    outbox: Any
+    """Where it is saved how far the file is sent; None where that is not saved."""
+    path: str
+    """The file's, below the base."""
+    session: str
+    """As `OutgoingEvent.session_id`."""
+    begin: int
+    """The byte of the file at which the first begins."""
+    events: Sequence[EncodedEvent]
+    lines: list[bytes]
+    ends: list[int]
+    """The byte after each of them, its line feed included."""
+
+    def outgoing(self, index: int) -> OutgoingEvent:
+        """Return one of the events as transports get it."""
+        event = self.events[index]
+        return OutgoingEvent(self.lines[index], event.id, self.session, event.type, event.timestamp)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where one of the events begins and ends in the file."""
+        return self.ends[index - 1] if index else self.begin, self.ends[index]
+
+
+class Registrar(Protocol):
+    """Who must know of a file before its first line: the delivery."""
+
+    @property
+    def outbox(self) -> Any:
+        """Where it is saved how far files are sent."""
+
+    @property
+    def generation(self) -> int:
+        """A number that changes when files that are known have to be made known again."""
+
+    def register(self, path: str, session: str, size: int) -> int:
+        """Make a file known.
+
+        Args:
+            path: Below the base.
+            session: Whose lines it holds.
+            size: Its bytes so far; they are not news.
+
+        Returns:
+            The generation in which it is known; another one asks to be called again.
+        """
+
+
 class TransportStats(NamedTuple):
-    """One downstream transport, since the gateway began."""
+    """One downstream transport, or the callback, since the gateway began."""
 
     sent: int
+    """Events that were acknowledged."""
     failed: int
     """Attempts that did not end in an acknowledgement."""
     retried: int
+    """Attempts for an event that had failed before."""
     rejected: int
-    """Events given up on after all their retries, while the transport was healthy otherwise."""
+    """Events that the far side refuses for good, and that are parked."""
     dropped: int
-    """Events that found no room in memory during an outage, or were left at shutdown."""
+    """Events that are lost for it: live-only delivery without room in memory or at its end, or a
+    file that somebody has taken away."""
     lag_events: int
     """Events accepted and not yet sent, rejected or dropped."""
+    lag_seconds: float
+    """How long the oldest of these has waited, about."""
+    state: str
+    """`live`; or `behind`: its breaker is not closed, or more than a batch waits."""
     breaker: str
     """`closed`, `open` or `half-open`."""
     connected: bool
@@ -104,7 +161,28 @@ class Stats(NamedTuple):
     overhead_mean_seconds: float
     """Mean time that `await gateway(event)` spent on encoding and writing."""
     overhead_max_seconds: float
+    direct_mean_seconds: float
+    """The part of the mean that was the write itself: what logging directly would cost too."""
+    delivery: str
+    """`at-least-once`; `unsaved` while offsets cannot be saved, so that a kill now would cost
+    events or send many again; `live-only` without session files in `jsonl`."""
     transports: Mapping[str, TransportStats]
+
+
+class FlushReceipt(NamedTuple):
+    """What a flush has reached; true if it is all that was asked for."""
+
+    complete: bool
+    until: str
+    session_id: str | None
+    waiting: int
+    """Events that are not in their files yet."""
+    behind: tuple[str, ...]
+    """Transports that have not acknowledged all of it, by name."""
+
+    def __bool__(self) -> bool:
+        """Whether all was reached."""
+        return self.complete
 
 
 Marker = Callable[[], None]
@@ -121,5 +199,13 @@ class DrainedBeforeClose(Protocol):
     def durability(self) -> str:
         """What a handed-off event survives."""
 
-    def drain(self, deadline: float) -> bool:
-        """Wait for what is handed off, until `deadline` on the monotonic clock; whether all was."""
+    def drain(self, deadline: float, session_id: str | None = None) -> int:
+        """Wait until what is handed off is in its files.
+
+        Args:
+            deadline: At the latest, on the monotonic clock.
+            session_id: Only this session's; None is all.
+
+        Returns:
+            How many events are not.
+        """

@@ -27,10 +27,14 @@ class LineTransport(TransportInterface):
                 self._reader, self._writer = await asyncio.open_connection(*self._address)
             self._writer.write(event + b"\n")
             await self._writer.drain()
-            return await self._reader.readline() == b"ok\n"
+            answer = await self._reader.readline()
+            if not answer:
+                raise ConnectionError("the server has hung up")
         except OSError as error:
+            # Nothing that the event can help: it is sent again for as long as it takes.
             await self.close()
             raise TransportConnectionError(str(error)) from error
+        return answer == b"ok\n"
 
     async def close(self) -> None:
         """Close the connection."""

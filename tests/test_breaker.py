@@ -72,6 +72,15 @@ def test_probe_that_fails_opens_it_for_another_pause() -> None:
     assert (breaker.state, breaker.allow(169.9), breaker.allow(170.0)) == (OPEN, False, True)
 
 
+def test_probe_that_fails_needs_no_others() -> None:
+    """After a failed health check one failed probe opens it again, whatever the limit."""
+    breaker = Breaker(5, 30.0)
+    breaker.trip(0.0)
+    breaker.allow(30.0)
+    breaker.failed(40.0)
+    assert (breaker.state, breaker.allow(69.9), breaker.allow(70.0)) == (OPEN, False, True)
+
+
 def test_late_failure_while_open_lengthens_the_pause() -> None:
     """An attempt that was under way when it opened counts too, from when it failed."""
     breaker = opened()
@@ -84,3 +93,42 @@ def test_trip_opens_it_at_once() -> None:
     breaker = Breaker(5, 30.0)
     breaker.trip(10.0)
     assert (breaker.state, breaker.allow(39.9), breaker.allow(40.0)) == (OPEN, False, True)
+
+
+def test_failures_in_a_row_are_told() -> None:
+    """How many attempts in a row have failed can be asked, and is nothing after a success."""
+    breaker = Breaker(2, 30.0)
+    counts = [breaker.failures]
+    for time in (1.0, 2.0, 3.0):
+        breaker.failed(time)
+        counts.append(breaker.failures)
+    breaker.succeeded()
+    assert [*counts, breaker.failures] == [0, 1, 2, 3, 0]
+
+
+def test_only_a_share_of_the_pause_is_waited() -> None:
+    """Clients that lose a server together come back one by one: each time the share is another."""
+    shares = iter([0.5, 0.75])
+    breaker = Breaker(1, 30.0, lambda: next(shares))
+    breaker.failed(100.0)
+    assert (breaker.seconds_to_probe(100.0), breaker.allow(114.9)) == (15.0, False)
+    assert breaker.allow(115.0)
+    breaker.failed(200.0)
+    assert breaker.seconds_to_probe(200.0) == 22.5
+
+
+def test_probe_that_ends_without_an_answer_is_made_up_for() -> None:
+    """Who was cancelled as the probe leaves room for another one, at once and one only."""
+    breaker = opened()
+    breaker.allow(130.0)
+    breaker.interrupted()
+    assert breaker.state == OPEN
+    assert [breaker.allow(130.0) for _ in range(3)] == [True, False, False]
+
+
+def test_interruption_while_it_is_closed_says_nothing() -> None:
+    """An attempt that was cut off is neither a failure nor a success."""
+    breaker = Breaker(2, 30.0)
+    breaker.failed(0.0)
+    breaker.interrupted()
+    assert (breaker.state, breaker.failures) == (CLOSED, 1)

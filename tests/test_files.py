@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 
 from eventlog_handler._files import LARGEST_WRITE, Layout, SessionFiles
 from eventlog_handler._paths import SessionPaths
-from eventlog_handler.typing import EncodedEvent, LineFormatter, OutgoingEvent
+from eventlog_handler.typing import EncodedEvent, LineFormatter, OutgoingEvent, Written
 from tests.conftest import lines_of
 
 SUFFIXES = {"jsonl": ".jsonl", "json": ".json", "custom": ".log"}
@@ -41,6 +41,7 @@ def make_files(base: Path) -> Iterator[Callable[..., SessionFiles]]:
         max_open_files: int = 8,
         file_mode: int = 0o600,
         directory_mode: int = 0o700,
+        **options: Any,
     ) -> SessionFiles:
         paths = SessionPaths(base, directory, "unknown_{uuid}", "log", SUFFIXES[log_format], "u1")
         made.append(
@@ -50,6 +51,7 @@ def make_files(base: Path) -> Iterator[Callable[..., SessionFiles]]:
                 max_open_files=max_open_files,
                 file_mode=file_mode,
                 directory_mode=directory_mode,
+                **options,
             )
         )
         return made[-1]
@@ -65,12 +67,24 @@ def event(number: int, padding: int = 0, session_id: str | None = "s") -> Encode
     return EncodedEvent(session_id, "note", f"id-{number}", NOW, body)
 
 
+class Outgoing(list[OutgoingEvent]):
+    """Collects what was handed on, as transports get it."""
+
+    def add(self, written: Written) -> None:
+        """Take what was written."""
+        self.extend(written.outgoing(index) for index in range(len(written.events)))
+
+
 def write(files: SessionFiles, session_id: str | None, *numbers: int) -> list[OutgoingEvent]:
     """Append events one by one; return what was handed on."""
-    outgoing: list[OutgoingEvent] = []
+    outgoing = Outgoing()
     for number in numbers:
-        assert files.append(session_id, [event(number)], outgoing.extend) == 1
+        assert files.append(session_id, [event(number)], outgoing.add) == 1
     return outgoing
+
+
+def ignore(written: Written) -> None:
+    """Hand nothing on."""
 
 
 def numbers_in(path: Path) -> list[int]:
@@ -192,8 +206,8 @@ def test_json_is_a_valid_array_after_each_write(make_files: Callable[..., Sessio
 def test_json_takes_batches(make_files: Callable[..., SessionFiles]) -> None:
     """The events of one batch are separated in an array, too."""
     files = make_files("json")
-    files.append("s", [event(1), event(2)], list)
-    files.append("s", [event(3), event(4)], list)
+    files.append("s", [event(1), event(2)], ignore)
+    files.append("s", [event(3), event(4)], ignore)
     lines = orjson.loads(files.path("s").read_bytes())
     assert [line["event"]["n"] for line in lines] == [1, 2, 3, 4]
 
@@ -221,7 +235,7 @@ def test_a_logging_formatter_formats_lines(make_files: Callable[..., SessionFile
     """A `logging.Formatter` gets a record of the event."""
     files = make_files("custom", logging.Formatter("%(levelname)s:%(message)s"))
     body = orjson.dumps({"level": "warning", "message": "hot"})
-    files.append("s", [EncodedEvent("s", "log", "id", NOW, body)], list)
+    files.append("s", [EncodedEvent("s", "log", "id", NOW, body)], ignore)
     assert files.path("s").read_bytes() == b"WARNING:hot\n"
 
 
@@ -288,7 +302,7 @@ def test_a_batch_is_cut_at_the_largest_write(make_files: Callable[..., SessionFi
     counts = []
     while batch:
         before = files.bytes
-        counts.append(files.append("s", batch, list))
+        counts.append(files.append("s", batch, ignore))
         assert files.bytes - before <= LARGEST_WRITE
         del batch[: counts[-1]]
     assert counts == [2, 2, 1]
@@ -301,21 +315,21 @@ def test_an_event_larger_than_the_largest_write_goes_alone(
     """The largest write bounds batches, not events."""
     files = make_files()
     batch = [event(1, padding=LARGEST_WRITE), event(2)]
-    assert files.append("s", batch, list) == 1
-    assert files.append("s", batch[1:], list) == 1
+    assert files.append("s", batch, ignore) == 1
+    assert files.append("s", batch[1:], ignore) == 1
     assert numbers_in(files.path("s")) == [1, 2]
 
 
 def test_hand_on_keeps_the_order_of_the_file(make_files: Callable[..., SessionFiles]) -> None:
     """Whichever threads write, what is handed on comes in the order of the lines."""
     files = make_files()
-    outgoing: list[OutgoingEvent] = []
+    outgoing = Outgoing()
     start = threading.Barrier(4)
 
     def writer(first: int) -> None:
         start.wait()
         for number in range(first, first + 50):
-            files.append("s", [event(number)], outgoing.extend)
+            files.append("s", [event(number)], outgoing.add)
 
     threads = [threading.Thread(target=writer, args=(100 * n,)) for n in range(4)]
     for thread in threads:
@@ -511,7 +525,7 @@ def test_a_link_in_place_of_a_closed_file_is_refused(
     files.path("s").unlink()
     files.path("s").symlink_to(victim)
     with pytest.raises(OSError, match="symbolic links"):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
     assert victim.read_bytes() == b"precious"
 
 
@@ -526,7 +540,7 @@ def test_a_link_in_the_middle_of_the_way_is_refused(
     (base / level).symlink_to(outside)
     files = make_files(directory="agents/{session_id}")
     with pytest.raises(NotADirectoryError):
-        files.append("s", [event(1)], list)
+        files.append("s", [event(1)], ignore)
     assert list(outside.iterdir()) == []
 
 
@@ -560,7 +574,7 @@ def test_a_fifo_in_place_of_a_closed_file_does_not_block(
     files.path("s").unlink()
     os.mkfifo(files.path("s"))
     with pytest.raises(OSError, match="No such device or address"):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
 
 
 def test_a_fifo_with_a_reader_gets_no_event(make_files: Callable[..., SessionFiles]) -> None:
@@ -574,7 +588,7 @@ def test_a_fifo_with_a_reader_gets_no_event(make_files: Callable[..., SessionFil
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with contextlib.suppress(OSError):
-            files.append("s", [event(2)], list)
+            files.append("s", [event(2)], ignore)
         assert os.read(reader, 1024) == b""
     finally:
         os.close(reader)
@@ -626,9 +640,9 @@ def test_a_full_disk_tears_no_line(make_files: Callable[..., SessionFiles], room
     """A failed write raises, leaves whole lines only, and the next event follows seamlessly."""
     files = make_files()
     write(files, "s", 1)
-    handed_on: list[OutgoingEvent] = []
+    handed_on: list[Written] = []
     with patched("write", full_disk(room)), pytest.raises(OSError, match="No space left"):
-        files.append("s", [event(2), event(3)], handed_on.extend)
+        files.append("s", [event(2), event(3)], handed_on.append)
     assert handed_on == []
     assert numbers_in(files.path("s")) == [1]
     write(files, "s", 4)
@@ -647,7 +661,7 @@ def test_a_full_disk_leaves_a_valid_array(
     files = make_files("json")
     write(files, "s", 1)
     with patched("write", full_disk(room)), pytest.raises(OSError, match="No space left"):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
     assert [x["event"]["n"] for x in orjson.loads(files.path("s").read_bytes())] == [1]
     write(files, "s", 3)
     assert [x["event"]["n"] for x in orjson.loads(files.path("s").read_bytes())] == [1, 3]
@@ -660,7 +674,7 @@ def test_a_full_disk_at_the_first_event_leaves_an_empty_file(
     """Where the first write fails, the file is empty, and the next event begins it."""
     files = make_files(log_format)
     with patched("write", full_disk(10)), pytest.raises(OSError, match="No space left"):
-        files.append("s", [event(1)], list)
+        files.append("s", [event(1)], ignore)
     assert files.path("s").read_bytes() == b""
     write(files, "s", 2)
     data = files.path("s").read_bytes()
@@ -674,7 +688,7 @@ def test_a_limit_on_file_sizes_tears_no_line(make_files: Callable[..., SessionFi
     write(files, "s", 1)
     size = files.path("s").stat().st_size
     with soft_limit(resource.RLIMIT_FSIZE, size + 20), pytest.raises(OSError, match="too large"):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
     assert files.path("s").stat().st_size == size
     write(files, "s", 3)
     assert numbers_in(files.path("s")) == [1, 3]
@@ -690,7 +704,7 @@ def test_an_interrupted_write_is_undone(make_files: Callable[..., SessionFiles])
         raise KeyboardInterrupt
 
     with patched("write", interrupted), pytest.raises(KeyboardInterrupt):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
     write(files, "s", 3)
     assert numbers_in(files.path("s")) == [1, 3]
 
@@ -706,7 +720,7 @@ def test_a_line_that_cannot_be_taken_back_stays_behind(
         patched("ftruncate", refuse(errno.EIO)),
         pytest.raises(OSError, match="No space left"),
     ):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
     write(files, "s", 3)
     assert files.path("s").name == "log-1.jsonl"
     assert [(line["seq"], line["event"]["n"]) for line in lines_of(files.path("s"))] == [(1, 3)]
@@ -724,7 +738,7 @@ def test_an_array_that_cannot_be_closed_again_stays_behind(
         patched("pwrite", refuse(errno.ENOSPC)),
         pytest.raises(OSError, match="No space left"),
     ):
-        files.append("s", [event(2)], list)
+        files.append("s", [event(2)], ignore)
     write(files, "s", 3)
     assert files.path("s").name == "log-1.json"
     assert [x["event"]["n"] for x in orjson.loads(files.path("s").read_bytes())] == [3]
@@ -750,7 +764,7 @@ def test_where_no_descriptor_is_ours_the_error_is_raised(
     """EMFILE with nothing to give back is the caller's to hear; afterwards it works."""
     files = make_files()
     with no_descriptors_left(), pytest.raises(OSError, match="Too many open files"):
-        files.append("s", [event(1)], list)
+        files.append("s", [event(1)], ignore)
     write(files, "s", 2)
     assert numbers_in(base / "s" / "log.jsonl") == [2]
 
@@ -763,7 +777,7 @@ def test_other_errors_give_no_descriptor_back(
     write(files, "a", 1)
     (base / "b").write_bytes(b"in the way")
     with pytest.raises(NotADirectoryError):
-        files.append("b", [event(1)], list)
+        files.append("b", [event(1)], ignore)
     assert held(base) == ["a"]
 
 
@@ -777,7 +791,7 @@ def test_failed_opens_leak_no_descriptor(
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         with pytest.raises(NotADirectoryError):
-            files.append("s", [event(1)], list)
+            files.append("s", [event(1)], ignore)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -799,7 +813,7 @@ def test_forked_does_not_wait_for_a_lock_of_the_parent(
     files = make_files()
     inside, go_on = threading.Event(), threading.Event()
 
-    def hold(outgoing: Sequence[OutgoingEvent]) -> None:
+    def hold(written: Written) -> None:
         inside.set()
         go_on.wait(30)
 
@@ -813,7 +827,7 @@ def test_forked_does_not_wait_for_a_lock_of_the_parent(
     if not child:
         try:
             files.forked()
-            os._exit(1 - files.append("s", [event(2)], list))
+            os._exit(1 - files.append("s", [event(2)], ignore))
         finally:
             os._exit(2)
     deadline, ended = time.monotonic() + 30, (0, 0)
@@ -824,4 +838,123 @@ def test_forked_does_not_wait_for_a_lock_of_the_parent(
     thread.join(30)
     assert ended == (child, 0)
     assert numbers_in(base / "s" / "log.jsonl") == [1]
+    assert numbers_in(base / "s" / "log-1.jsonl") == [2]
+
+
+class Known:
+    """A registrar that remembers what it heard, and when."""
+
+    outbox = "the outbox"
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.heard: list[tuple[str, str, int]] = []
+        self.answer: int | None = None
+
+    def register(self, path: str, session: str, size: int) -> int:
+        """Remember a file."""
+        self.heard.append((path, session, size))
+        return self.generation if self.answer is None else self.answer
+
+
+def test_a_registrar_hears_of_a_file_before_its_first_line(
+    make_files: Callable[..., SessionFiles], base: Path
+) -> None:
+    """A file is made known once, when there is nothing in it yet."""
+    sizes: list[int] = []
+
+    class Looking(Known):
+        def register(self, path: str, session: str, size: int) -> int:
+            sizes.append((base / path).stat().st_size)
+            return super().register(path, session, size)
+
+    known = Looking()
+    files = make_files(registrar=known)
+    assert write(files, "s", 1, 2)[0].session_id == "s"
+    assert known.heard == [("s/log.jsonl", "s", 0)]
+    assert sizes == [0]
+
+
+def test_a_file_without_a_session_is_known_by_its_directorys_name(
+    make_files: Callable[..., SessionFiles],
+) -> None:
+    """The unknown session goes by a name too."""
+    known = Known()
+    write(make_files(registrar=known), None, 1)
+    ((path, session, _),) = known.heard
+    assert path == f"{session}/log.jsonl"
+
+
+def test_a_new_generation_is_made_known_again(make_files: Callable[..., SessionFiles]) -> None:
+    """A file that is written on is made known with the bytes that it has."""
+    known = Known()
+    files = make_files(registrar=known)
+    write(files, "s", 1)
+    known.generation = 1
+    write(files, "s", 2, 3)
+    size = len(files.path("s").read_bytes().splitlines(keepends=True)[0])
+    assert known.heard == [("s/log.jsonl", "s", 0), ("s/log.jsonl", "s", size)]
+
+
+def test_a_registrar_that_could_not_is_asked_again(make_files: Callable[..., SessionFiles]) -> None:
+    """Until a file is known, each write asks; no line waits for that."""
+    known = Known()
+    known.answer = -1
+    write(make_files(registrar=known), "s", 1, 2)
+    assert len(known.heard) == 2
+
+
+def test_what_was_written_names_its_bytes(make_files: Callable[..., SessionFiles]) -> None:
+    """Whoever reads a file back knows where each event begins and ends."""
+    files, found = make_files(registrar=Known()), list[Written]()
+    write(files, "s", 1)
+    files.append("s", [event(2), event(3)], found.append)
+    content = files.path("s").read_bytes()
+    (written,) = found
+    assert (written.outbox, written.path, written.session) == ("the outbox", "s/log.jsonl", "s")
+    spans = [written.span(index) for index in range(2)]
+    assert [content[a:b] for a, b in spans] == content.splitlines(keepends=True)[1:]
+
+
+def test_a_full_file_is_followed_by_another(
+    make_files: Callable[..., SessionFiles], base: Path
+) -> None:
+    """Past `max_file_bytes` the next event begins a new file, whose numbers begin anew."""
+    files = make_files(max_file_bytes=300)
+    write(files, "s", *range(6))
+    sizes = {path.name: path.stat().st_size for path in (base / "s").iterdir()}
+    assert len(sizes) > 1
+    assert all(size < 600 for size in sizes.values())
+    assert [line["seq"] for line in lines_of(base / "s" / "log.jsonl")][:2] == [1, 2]
+    assert lines_of(base / "s" / "log-1.jsonl")[0]["seq"] == 1
+
+
+def test_committed_is_what_is_written_for_good(make_files: Callable[..., SessionFiles]) -> None:
+    """Only a file that we write, open or not, has a size that counts."""
+    files = make_files(max_open_files=1)
+    write(files, "s", 1)
+    size = files.path("s").stat().st_size
+    assert files.committed("s", "s/log.jsonl") == size
+    write(files, "t", 1)
+    assert files.committed("s", "s/log.jsonl") == size
+    assert files.committed("s", "s/other.jsonl") is None
+    assert files.committed("nobody", "nobody/log.jsonl") is None
+
+
+def test_another_writers_file_is_not_ours_by_its_name(
+    make_files: Callable[..., SessionFiles], base: Path
+) -> None:
+    """The name that we would take first may be a dead writer's, whose lines are still owed."""
+    write(make_files(), "s", 1)
+    files, answers = make_files(), list[int | None]()
+    real = os.open
+
+    def asking(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            answers.append(files.committed("s", "s/log.jsonl"))
+        return real(path, flags, *args, **options)
+
+    with patched("open", asking):
+        write(files, "s", 2)
+    assert set(answers) == {None}
     assert numbers_in(base / "s" / "log-1.jsonl") == [2]

@@ -601,7 +601,7 @@ def test_a_call_whose_sync_fails_has_its_event_written(
     handler = make_handler(durability="disk", ring_bytes=65536)
     monkeypatch.setattr(MappedRing, "sync", fail)
     handler.handle(record("one"))
-    assert handler._feed.flush(30)
+    assert handler.flush(timeout=30)
     assert [line["event"]["message"] for p in base.rglob("*.jsonl") for line in lines_of(p)] == [
         "one"
     ]
@@ -656,7 +656,7 @@ def test_what_could_not_be_synced_is_written_again(
 
     monkeypatch.setattr(os, "fdatasync", fail_once)
     handler.handle(record("one"))
-    assert handler._feed.flush(30)
+    assert handler.flush(timeout=30)
     paths = sorted(base.rglob("*.jsonl"))
     assert [[line["event"]["message"] for line in lines_of(path)] for path in paths] == [
         ["one"],

@@ -1,10 +1,10 @@
-"""Lanes, run in each event loop: attempts, retries, the breaker, queues and their ends."""
+"""The loop of a lane, run in each event loop: steps, sleep, ends; and the callback's own lane."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,31 +12,18 @@ import anyio
 import orjson
 import pytest
 
-from eventlog_handler import (
-    TransportConnectionError,
-    TransportError,
-    TransportInterface,
-    TransportTimeoutError,
-)
+from eventlog_handler import _lanes
 from eventlog_handler._config import Settings, resolve
-from eventlog_handler._lanes import (
-    Callback,
-    CallbackLane,
-    Downstream,
-    Lane,
-    TransportLane,
-    backoff_seconds,
-)
+from eventlog_handler._downstream import Callback
+from eventlog_handler._lanes import CallbackLane, Called, Lane
 from eventlog_handler._report import Report
-from eventlog_handler.testing import FailingTransport, GatedTransport, RecordingTransport
-from eventlog_handler.typing import OutgoingEvent
+from eventlog_handler.typing import EncodedEvent, TransportStats, Written
 
 QUICK: dict[str, Any] = {
     "retry_delay_seconds": 0.001,
     "breaker_reset_seconds": 0.001,
     "enable_local_logging": False,
 }
-SYSTEM_ERRORS = [RuntimeError("bad"), SystemExit(3), KeyboardInterrupt()]
 
 
 class Heard(list[tuple[Exception, str]]):
@@ -57,36 +44,61 @@ def settings(**options: Any) -> Settings:
     return resolve({**QUICK, **options}, {})
 
 
-@pytest.fixture
-def make_lane(heard: Heard) -> Callable[..., TransportLane]:
-    """Make lanes that tell `heard` of their failures."""
+class Diary(Lane):
+    """A lane that has a list of answers to give, or to raise, and writes down what happens."""
 
-    def make(transport: TransportInterface, **options: Any) -> TransportLane:
-        return TransportLane("there", transport, settings(**options), Report(heard))
+    def __init__(self, report: Report, *answers: float | BaseException) -> None:
+        super().__init__("there", report)
+        self.answers = list(answers)
+        self.done: list[object] = []
+        self.in_step: Callable[[], object] = lambda: None
+        self.waits = True
 
-    return make
+    async def step(self) -> float:
+        """Give the next answer; without one there is nothing to do for ever."""
+        self.done.append("step")
+        self.in_step()
+        if self.waits:
+            await anyio.lowlevel.checkpoint()
+        answer = self.answers.pop(0) if self.answers else math.inf
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers are given."""
+        return not self.answers
+
+    def recover(self) -> None:
+        """Write it down."""
+        self.done.append("recover")
+
+    async def close(self, grace_seconds: float) -> None:
+        """Write it down."""
+        self.done.append(("close", grace_seconds))
+
+    def abandon(self) -> None:
+        """Write it down."""
+        self.done.append("abandon")
+
+    def use_settings(self, settings: Settings) -> None:
+        """Have none."""
+
+    def forked(self) -> None:
+        """Have nothing to forget."""
+
+    def stats(self) -> TransportStats:
+        """Have none."""
+        raise NotImplementedError
 
 
-@pytest.fixture
-def make_callback(heard: Heard) -> Callable[..., Callback]:
-    """Make callbacks that tell `heard` of their failures."""
-
-    def make(function: Callable[[Any], Awaitable[object]], **options: Any) -> Callback:
-        return Callback(function, settings(**options), Report(heard))
-
-    return make
+END = ["abandon", ("close", 7.0)]
 
 
-def event(number: int) -> OutgoingEvent:
-    """Return an event that is told by its number."""
-    return OutgoingEvent(
-        orjson.dumps({"event": {"n": number}}), f"id-{number}", "s", "note", "2026-01-01"
-    )
-
-
-def numbers(transport: RecordingTransport) -> list[int]:
-    """Return the numbers of the events that a transport took."""
-    return [sent["n"] for sent in transport.events]
+def grace() -> float:
+    """Return what a close may take."""
+    return 7.0
 
 
 async def wait_until(predicate: Callable[[], object]) -> None:
@@ -98,586 +110,222 @@ async def wait_until(predicate: Callable[[], object]) -> None:
 
 @contextlib.asynccontextmanager
 async def running(lane: Lane) -> AsyncIterator[None]:
-    """Run a lane in this loop, and end it."""
-    async with anyio.create_task_group() as group:
-        group.start_soon(lane.run)
-        try:
-            yield
-            lane.end()
-        except BaseException:
-            lane.cancelling()
-            raise
-
-
-async def run_to_the_end(lane: Lane, *events: OutgoingEvent) -> None:
-    """Run a lane until it has decided these events."""
-    for each in events:
-        lane.put(each)
-    with anyio.fail_after(30):
-        async with running(lane):
-            await wait_until(lambda: lane.waiting == 0)
-
-
-@pytest.mark.parametrize(
-    ("attempt", "expected"), [(1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (10_000, 5.0)]
-)
-def test_backoff_doubles_up_to_the_longest(attempt: int, expected: float) -> None:
-    """The pause doubles with each retry and ends at the longest, without overflow."""
-    assert backoff_seconds(attempt, 1.0, 5.0, 1.0) == expected
-
-
-@pytest.mark.parametrize(("chance", "expected"), [(0.0, 0.0), (0.25, 0.5), (1.0, 2.0)])
-def test_backoff_has_full_jitter(chance: float, expected: float) -> None:
-    """A random share of the pause is waited, from nothing to all."""
-    assert backoff_seconds(2, 1.0, 60.0, chance) == expected
-
-
-@pytest.mark.anyio
-async def test_events_are_sent_in_order(make_lane: Callable[..., TransportLane]) -> None:
-    """A transport gets each event once, in order, with line and metadata."""
-    transport = RecordingTransport()
-    await run_to_the_end(make_lane(transport), *map(event, range(20)))
-    assert transport.sent == [(event(n).line, event(n).metadata) for n in range(20)]
-
-
-@pytest.mark.anyio
-async def test_a_lane_closes_its_transport_at_its_end(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """The transport is open while the lane runs, and closed when it has ended."""
-    transport = RecordingTransport()
-    lane = make_lane(transport)
-    async with running(lane):
-        assert lane.stats().connected
-    assert transport.closed
-    assert not lane.stats().connected
-
-
-@pytest.mark.anyio
-async def test_a_lane_that_ends_sends_what_is_queued(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """Events that were put before the end are sent before the close."""
-    transport = RecordingTransport()
-    lane = make_lane(transport)
-    for number in range(3):
-        lane.put(event(number))
-    lane.end()
-    await lane.run()
-    assert numbers(transport) == [0, 1, 2]
-
-
-@pytest.mark.anyio
-async def test_put_asks_for_a_wake_up_of_an_idle_lane(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """`put` says whether the lane sleeps; woken, it sends."""
-    transport = GatedTransport()
-    lane = make_lane(transport)
-    assert lane.put(event(0)) is False
-    transport.open()
-    async with running(lane):
-        await wait_until(lambda: numbers(transport) == [0])
-        await wait_until(lambda: lane.put(event(1)))
-        lane.wake()
-        await wait_until(lambda: lane.waiting == 0)
-    assert numbers(transport)[-1] == 1
-
-
-@pytest.mark.anyio
-async def test_an_event_that_comes_while_a_lane_lies_down_is_not_overlooked(
-    make_lane: Callable[..., TransportLane], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A put just before the lane counts as idle, which wakes nobody, is seen all the same."""
-    transport = RecordingTransport()
-    lane, real = make_lane(transport), anyio.Event
-    woken: list[bool] = []
-
-    def another_thread_is_here() -> anyio.Event:
-        if not woken:
-            woken.append(lane.put(event(0)))
-        return real()
-
-    monkeypatch.setattr(anyio, "Event", another_thread_is_here)
-    async with running(lane):
-        await wait_until(lambda: transport.sent)
-    assert woken == [False]
-
-
-@pytest.mark.anyio
-async def test_released_is_called_once_an_event_is_sent(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """Who waits for an event hears of it after it was sent, once."""
-    transport = RecordingTransport()
-    lane = make_lane(transport)
-    seen: list[list[int]] = []
-    lane.put(event(0), lambda: seen.append(numbers(transport)))
-    await run_to_the_end(lane)
-    assert seen == [[0]]
-
-
-@pytest.mark.anyio
-async def test_failed_attempts_are_retried(make_lane: Callable[..., TransportLane]) -> None:
-    """A failed event is sent again until it is taken, before the next one."""
-    transport = FailingTransport(failures=2)
-    lane = make_lane(transport)
-    await run_to_the_end(lane, event(0), event(1))
-    assert numbers(transport) == [0, 1]
-    assert transport.attempts == 4
-    stats = lane.stats()
-    assert (stats.sent, stats.failed, stats.retried, stats.rejected) == (2, 2, 2, 0)
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("answer", [None, False, 1, "true"])
-async def test_only_true_is_an_acknowledgement(
-    make_lane: Callable[..., TransportLane], heard: Heard, answer: Any
-) -> None:
-    """What a `send` returns that is not True is a failure, and is tried again."""
-
-    class Vague(RecordingTransport):
-        async def send(self, line: Any, metadata: dict[str, Any] | None = None) -> bool:
-            await super().send(line, metadata)
-            first: bool = answer
-            return first if len(self.sent) == 1 else True
-
-    transport = Vague()
-    await run_to_the_end(make_lane(transport), event(0))
-    assert numbers(transport) == [0, 0]
-    error, context = heard[0]
-    assert len(heard) == 1
-    assert type(error) is TransportError
-    assert str(error) == f"send returned {answer!r}; True is the only acknowledgement"
-    assert context == "there"
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("error", SYSTEM_ERRORS, ids=lambda error: type(error).__name__)
-async def test_whatever_a_send_raises_is_its_failure(
-    make_lane: Callable[..., TransportLane], heard: Heard, error: BaseException
-) -> None:
-    """Even a driver's SystemExit is told, counted and retried, and ends nothing."""
-    transport = FailingTransport(failures=1, error=error)
-    lane = make_lane(transport)
-    await run_to_the_end(lane, event(0))
-    assert numbers(transport) == [0]
-    told = heard[0][0]
-    assert told is error or (type(told) is TransportError and told.__cause__ is error)
-    assert lane.stats().last_error is not None
-    assert type(error).__name__ in str(lane.stats().last_error)
-    assert lane.stats().failed == 1
-
-
-@pytest.mark.anyio
-async def test_the_last_error_is_cut_short(make_lane: Callable[..., TransportLane]) -> None:
-    """`stats()` holds no more than 200 characters of an error."""
-    lane = make_lane(FailingTransport(failures=1, error=ValueError("x" * 1000)))
-    await run_to_the_end(lane, event(0))
-    assert lane.stats().last_error == ("ValueError: " + "x" * 1000)[:200]
-
-
-@pytest.mark.anyio
-async def test_a_send_that_hangs_is_timed_out_and_sent_again(
-    make_lane: Callable[..., TransportLane], heard: Heard
-) -> None:
-    """A time-out is ambiguous: the event goes out again under the same id."""
-    ids: list[str] = []
-
-    class HangsOnce(RecordingTransport):
-        async def send(self, line: Any, metadata: dict[str, Any] | None = None) -> bool:
-            ids.append((metadata or {})["id"])
-            if len(ids) == 1:
-                await anyio.sleep_forever()
-            return await super().send(line, metadata)
-
-    transport = HangsOnce()
-    await run_to_the_end(make_lane(transport, send_timeout_seconds=0.05), event(7))
-    assert set(ids) == {"id-7"}
-    assert numbers(transport) == [7]
-    assert type(heard[0][0]) is TransportTimeoutError
-
-
-@pytest.mark.anyio
-async def test_a_cancellation_from_inside_a_driver_is_its_failure(
-    make_lane: Callable[..., TransportLane], heard: Heard
-) -> None:
-    """A CancelledError that nobody asked for does not end the lane."""
-    transport = FailingTransport(failures=1, error=asyncio.CancelledError())
-    lane = make_lane(transport)
-    await run_to_the_end(lane, event(0))
-    assert numbers(transport) == [0]
-    assert [type(error) for error, _ in heard] == [TransportError]
-
-
-@pytest.mark.anyio
-async def test_a_closed_coroutine_is_left_to_close(heard: Heard) -> None:
-    """GeneratorExit is how Python closes a coroutine: it gets out of attempt and check."""
-    downstream = Downstream("there", settings(), Report(heard), lambda: False)
-
-    async def closed() -> bool:
-        raise GeneratorExit
-
-    with pytest.raises(GeneratorExit):
-        await downstream.attempt(closed, needs_true=True)
-    with pytest.raises(GeneratorExit):
-        await downstream.healthy(closed)
-    assert heard == []
-
-
-@pytest.mark.anyio
-async def test_a_refused_event_does_not_hold_back_the_rest(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """Where the far side is well and refuses one event, it is rejected and the next is sent."""
-    transport = FailingTransport(failures=3, healthy=True)
-    lane = make_lane(transport, max_retry_attempts=2)
-    await run_to_the_end(lane, event(0), event(1))
-    assert numbers(transport) == [1]
-    stats = lane.stats()
-    assert (stats.sent, stats.failed, stats.retried, stats.rejected) == (1, 3, 2, 1)
-
-
-@pytest.mark.anyio
-async def test_no_retries_means_one_attempt(make_lane: Callable[..., TransportLane]) -> None:
-    """`max_retry_attempts=0` rejects after the first failure."""
-    transport = FailingTransport(failures=1, healthy=True)
-    lane = make_lane(transport, max_retry_attempts=0)
-    await run_to_the_end(lane, event(0), event(1))
-    assert numbers(transport) == [1]
-    assert (lane.stats().retried, lane.stats().rejected) == (0, 1)
-
-
-@pytest.mark.anyio
-async def test_an_outage_loses_no_event(make_lane: Callable[..., TransportLane]) -> None:
-    """While the far side is down events wait, beyond all retries, and go out in order after."""
-    transport = FailingTransport.down()
-    lane = make_lane(transport, max_retry_attempts=1)
-    async with running(lane):
-        for number in range(3):
-            lane.put(event(number))
-        lane.wake()
-        await wait_until(lambda: lane.stats().breaker == "open")
-        assert lane.stats().lag_events == 3
-        transport.recover()
-        await wait_until(lambda: lane.waiting == 0)
-    assert numbers(transport) == [0, 1, 2]
-    assert (lane.stats().rejected, lane.stats().dropped) == (0, 0)
-    assert lane.stats().breaker == "closed"
-
-
-class Checked(FailingTransport):
-    """Counts its health checks; each may raise, or be held up."""
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        super().__init__(error=TransportConnectionError("refused"))
-        self.checks = 0
-        self.check_error = error
-        self.hang = False
-
-    async def health_check(self) -> bool:
-        """Raise what was asked for, else answer."""
-        self.checks += 1
-        if self.hang:
-            await anyio.sleep_forever()
-        if self.check_error is not None and self.failures:
-            raise self.check_error
-        return await super().health_check()
-
-
-@pytest.mark.anyio
-async def test_an_open_breaker_asks_for_health_and_sends_nothing(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """After failures in a row only health checks go out, until one says yes."""
-    transport = Checked()
-    lane = make_lane(transport, breaker_failures=2, max_retry_attempts=9)
-    lane.put(event(0))
-    async with running(lane):
-        await wait_until(lambda: transport.checks >= 3)
-        assert transport.attempts == 2
-        transport.recover()
-        await wait_until(lambda: lane.waiting == 0)
-    assert numbers(transport) == [0]
-    assert transport.attempts == 3
-
-
-@pytest.mark.anyio
-async def test_a_failed_probe_opens_the_breaker_again(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """Where health is claimed but the send fails, one attempt is made for each probe."""
-    transport = FailingTransport(failures=4, healthy=True)
-    lane = make_lane(transport, breaker_failures=1, max_retry_attempts=9)
-    await run_to_the_end(lane, event(0))
-    assert numbers(transport) == [0]
-    assert lane.stats().retried == 0
-    assert lane.stats().breaker == "closed"
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "error", [*SYSTEM_ERRORS, asyncio.CancelledError()], ids=lambda error: type(error).__name__
-)
-async def test_a_health_check_that_raises_says_no(
-    make_lane: Callable[..., TransportLane], error: BaseException
-) -> None:
-    """Whatever a health check raises, the outage goes on and the event waits."""
-    transport = Checked(error)
-    lane = make_lane(transport, max_retry_attempts=0)
-    lane.put(event(0))
-    async with running(lane):
-        await wait_until(lambda: transport.checks >= 3)
-        assert lane.stats().rejected == 0
-        transport.recover()
-        await wait_until(lambda: lane.waiting == 0)
-    assert numbers(transport) == [0]
-
-
-@pytest.mark.anyio
-async def test_a_health_check_that_raises_is_told(
-    make_lane: Callable[..., TransportLane], heard: Heard
-) -> None:
-    """The error handler hears of every failure, a failed health check's too."""
-    error = RuntimeError("bad check")
-    transport = Checked(error)
-    lane = make_lane(transport, max_retry_attempts=0)
-    lane.put(event(0))
-    async with running(lane):
-        await wait_until(lambda: transport.checks >= 2)
-        transport.recover()
-        await wait_until(lambda: lane.waiting == 0)
-    assert lane.stats().last_error == "RuntimeError: bad check"
-    assert error in [told for told, _ in heard]
-
-
-@pytest.mark.anyio
-async def test_a_health_check_that_hangs_says_no(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """A health check has the time of one attempt."""
-    transport = Checked()
-    transport.hang = True
-    lane = make_lane(transport, max_retry_attempts=0, send_timeout_seconds=0.01)
-    lane.put(event(0))
-    async with running(lane):
-        await wait_until(lambda: transport.checks >= 2)
-        assert lane.stats().rejected == 0
-        transport.hang = False
-        transport.recover()
-        await wait_until(lambda: lane.waiting == 0)
-    assert numbers(transport) == [0]
-
-
-@pytest.mark.anyio
-async def test_an_outage_does_not_hold_up_the_end(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """A lane that ends while its far side is down drops and counts what is left, and closes."""
-    transport = FailingTransport.down()
-    lane = make_lane(transport, max_retry_attempts=0, breaker_reset_seconds=1000)
-    released: list[int] = []
-    lane.put(event(0), lambda: released.append(0))
-    lane.put(event(1), lambda: released.append(1))
-    lane.put(event(2))
-    with anyio.fail_after(30):
-        async with running(lane):
-            await wait_until(lambda: lane.stats().breaker == "open")
-    assert lane.stats().dropped == 3
-    assert lane.stats().lag_events == 0
-    assert released == [0, 1]
-    assert transport.closed
-
-
-@pytest.mark.anyio
-async def test_a_cancelled_lane_counts_what_it_leaves(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """A lane that is cut off in mid-send counts its events as dropped, and still closes."""
-    transport = GatedTransport()
-    lane = make_lane(transport)
-    lane.put(event(0))
-    lane.put(event(1))
-    async with anyio.create_task_group() as group:
-        group.start_soon(lane.run)
-        await wait_until(lambda: transport.arrived)
-        lane.cancelling()
-        group.cancel_scope.cancel()
-    assert lane.stats().dropped == 2
-    assert transport.closed
-
-
-@pytest.mark.anyio
-async def test_a_lane_is_cancelled_during_a_health_check(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """Our own cancellation gets out of a health check, too."""
-    transport = Checked()
-    transport.hang = True
-    lane = make_lane(transport, max_retry_attempts=0)
-    lane.put(event(0))
-    async with anyio.create_task_group() as group:
-        group.start_soon(lane.run)
-        await wait_until(lambda: transport.checks)
-        lane.cancelling()
-        group.cancel_scope.cancel()
-    assert lane.stats().dropped == 1
-    assert transport.closed
-
-
-class BadlyClosed(RecordingTransport):
-    """Closes with an error, or never."""
-
-    def __init__(self, error: Exception | None) -> None:
-        super().__init__()
-        self.error = error
-
-    async def close(self) -> None:
-        """Raise, or hang."""
-        if self.error is None:
-            await anyio.sleep_forever()
-        else:
-            raise self.error
-
-
-@pytest.mark.anyio
-async def test_a_close_that_raises_is_told(
-    make_lane: Callable[..., TransportLane], heard: Heard
-) -> None:
-    """An error of a transport's `close` reaches the error handler and nobody else."""
-    error = RuntimeError("bad close")
-    await run_to_the_end(make_lane(BadlyClosed(error)), event(0))
-    assert heard == [(error, "there: close")]
-
-
-@pytest.mark.anyio
-async def test_a_close_that_hangs_has_the_shutdown_budget(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """A transport that does not close does not hold up the lane's end for long."""
-    with anyio.fail_after(30):
-        await run_to_the_end(make_lane(BadlyClosed(None), shutdown_timeout_seconds=0.01))
-
-
-@pytest.mark.anyio
-async def test_a_cancelled_lane_gives_its_close_little_time(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """Once the shutdown's budget is used up, a hanging close is given up soon."""
-    lane = make_lane(BadlyClosed(None), shutdown_timeout_seconds=1000)
+    """Run a lane in this loop, and have it end."""
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
-            group.start_soon(lane.run)
-            await wait_until(lambda: lane.put(event(0)))
-            lane.cancelling()
-            group.cancel_scope.cancel()
+            group.start_soon(lane.run, grace)
+            try:
+                yield
+            except BaseException:
+                lane.cancelled = True
+                raise
+            lane.ending = True
+            lane.wake()
 
 
-def test_a_full_queue_drops_and_says_so_once(
-    make_lane: Callable[..., TransportLane], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What finds no room during an outage is counted; one line on stderr says where it is."""
-    lane = make_lane(RecordingTransport(), max_pending_events=2)
-    for number in range(5):
-        lane.put(event(number))
-    assert (lane.stats().lag_events, lane.stats().dropped) == (2, 3)
-    assert capsys.readouterr().err == (
-        "eventlog_handler: there is behind: events stay in their files only\n"
-    )
-
-
-def test_nobody_waits_for_an_event_that_found_no_room(
-    make_lane: Callable[..., TransportLane],
-) -> None:
-    """The fate of a dropped event is decided: who waits for it is released at once."""
-    lane = make_lane(RecordingTransport(), max_pending_events=1)
-    released: list[int] = []
-    lane.put(event(0), lambda: released.append(0))
-    lane.put(event(1), lambda: released.append(1))
-    assert released == [1]
+async def asleep(lane: Diary, steps: int) -> None:
+    """Wait until a lane sleeps after a number of steps."""
+    await wait_until(lambda: lane.done.count("step") == steps)
+    await anyio.wait_all_tasks_blocked()
 
 
 @pytest.mark.anyio
-async def test_other_settings_are_used_at_once(make_lane: Callable[..., TransportLane]) -> None:
-    """A lane goes by new options: room, and retries."""
-    transport = FailingTransport(failures=1, healthy=True)
-    lane = make_lane(transport, max_pending_events=1, max_retry_attempts=0)
-    lane.put(event(0))
-    lane.use_settings(settings(max_pending_events=2, max_retry_attempts=1))
-    lane.put(event(1))
-    await run_to_the_end(lane)
-    assert numbers(transport) == [0, 1]
-    assert lane.dropped == 0
+async def test_a_lane_steps_on_while_there_is_more(heard: Heard) -> None:
+    """A step after which there is more at once is followed by the next one without a sleep."""
+    lane = Diary(Report(heard), 0.0, 0.0, 0.0)
+    lane.ending = True
+    with anyio.fail_after(30):
+        await lane.run(grace)
+    assert lane.done == ["step", "step", "step", *END]
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("patience", "live"), [(1000, True), (0, False)])
-async def test_a_busy_lane_is_live_for_as_long_as_callers_wait(
-    make_lane: Callable[..., TransportLane], patience: float, live: bool
-) -> None:
-    """A lane whose send takes longer than callers wait is not waited for."""
-    transport = GatedTransport()
-    lane = make_lane(transport, downstream_wait_seconds=patience)
-    assert lane.live
-    lane.put(event(0))
+async def test_a_lane_lets_others_have_their_turn(heard: Heard) -> None:
+    """Steps that never wait do not keep the loop from its other tasks, such as our own end."""
+    lane = Diary(Report(heard), *[0.0] * 1000)
+    lane.waits, lane.ending = False, True
+    async with anyio.create_task_group() as group:
+        group.start_soon(lane.run, grace)
+        await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    assert lane.answers
+
+
+@pytest.mark.anyio
+async def test_a_lane_that_ends_takes_one_step_at_least(heard: Heard) -> None:
+    """What came before the end is seen, even where the lane begins to run after it."""
+    lane = Diary(Report(heard))
+    lane.ending = True
+    with anyio.fail_after(30):
+        await lane.run(grace)
+    assert lane.done == ["step", *END]
+
+
+@pytest.mark.anyio
+async def test_a_lane_that_ends_first_leaves_then_closes(heard: Heard) -> None:
+    """What is left is let go of before the close, which has the time that it is given."""
+    lane = Diary(Report(heard))
     async with running(lane):
-        await wait_until(lambda: transport.arrived)
-        assert lane.live is live
-        transport.open()
-        await wait_until(lambda: lane.waiting == 0)
-        assert lane.live
+        await asleep(lane, 1)
+        assert lane.done == ["step"]
+    assert lane.done == ["step", "step", *END]
 
 
 @pytest.mark.anyio
-async def test_a_lane_in_an_outage_is_not_live(make_lane: Callable[..., TransportLane]) -> None:
-    """Nobody waits for a lane whose breaker is open."""
-    transport = FailingTransport.down()
-    lane = make_lane(transport, max_retry_attempts=0, breaker_reset_seconds=1000)
-    lane.put(event(0))
+async def test_a_lane_with_more_to_do_does_not_end(heard: Heard) -> None:
+    """The end is taken as soon as nothing more can be done, and a pause of the lane counts."""
+    lane = Diary(Report(heard), 0.001, 0.001, 0.001)
+    lane.ending = True
+    with anyio.fail_after(30):
+        await lane.run(grace)
+    assert lane.done == ["step"] * 3 + END
+
+
+@pytest.mark.anyio
+async def test_a_lane_sleeps_until_its_next_step_is_due(heard: Heard) -> None:
+    """A pause ends by itself."""
+    lane = Diary(Report(heard), 0.001)
     async with running(lane):
-        await wait_until(lambda: lane.stats().breaker == "open")
-        assert not lane.live
+        await asleep(lane, 2)
 
 
-def test_a_forked_child_has_an_empty_queue(make_lane: Callable[..., TransportLane]) -> None:
-    """What the parent has queued is the parent's to send."""
-    lane = make_lane(RecordingTransport())
-    lane.put(event(0))
-    lane.after_fork_in_child()
-    assert (lane.waiting, lane.dropped) == (0, 0)
+@pytest.mark.anyio
+async def test_a_sleeping_lane_asks_to_be_woken(heard: Heard) -> None:
+    """`poke` says that the lane sleeps; woken, it takes a step."""
+    lane, asked = Diary(Report(heard), 1000.0), list[bool]()
+    lane.wake()
+    assert lane.poke() is False
+    async with running(lane):
+        await asleep(lane, 1)
+        assert lane.poke() is True
+        lane.in_step = lambda: asked.append(lane.poke())
+        lane.wake()
+        await wait_until(lambda: asked)
+    assert asked[0] is False
 
 
-def test_a_transport_that_cannot_say_is_not_connected(
-    make_lane: Callable[..., TransportLane],
+@pytest.mark.anyio
+async def test_a_poke_during_a_step_is_followed_by_another_step(heard: Heard) -> None:
+    """What comes while the lane is busy needs no waking, and is not overlooked."""
+    lane = Diary(Report(heard), 1000.0, 1000.0)
+    poked: list[bool] = []
+
+    def poke_once() -> None:
+        if not poked:
+            poked.append(lane.poke())
+
+    lane.in_step = poke_once
+    async with running(lane):
+        await asleep(lane, 2)
+    assert poked == [False]
+
+
+@pytest.mark.anyio
+async def test_a_poke_while_a_lane_lies_down_is_not_overlooked(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`stats()` does not fail where `is_connected` does."""
+    """A poke between the last step and the sleep either wakes the lane or keeps it awake."""
+    lane = Diary(Report(heard), 1000.0)
+    real, poked = anyio.move_on_after, list[bool]()
 
-    class Unsure(RecordingTransport):
-        @property
-        def is_connected(self) -> bool:
-            raise RuntimeError
+    def another_thread_is_here(seconds: float) -> anyio.CancelScope:
+        if not poked:
+            poked.append(lane.poke())
+            lane.wake()
+        return real(seconds)
 
-    assert make_lane(Unsure()).stats().connected is False
-
-
-def test_the_figures_of_a_new_lane(make_lane: Callable[..., TransportLane]) -> None:
-    """A lane begins with nothing sent, nothing failed, and a closed breaker."""
-    assert make_lane(RecordingTransport()).stats()._asdict() == {
-        "sent": 0,
-        "failed": 0,
-        "retried": 0,
-        "rejected": 0,
-        "dropped": 0,
-        "lag_events": 0,
-        "breaker": "closed",
-        "connected": True,
-        "last_error": None,
-    }
+    monkeypatch.setattr(anyio, "move_on_after", another_thread_is_here)
+    async with running(lane):
+        await asleep(lane, 2)
+    assert poked == [True]
 
 
-async def probe_is_due(callback: Callback) -> None:
-    """Wait until the pause of a callback's open breaker is over."""
-    await wait_until(lambda: callback.breaker.seconds_to_probe(time.monotonic()) == 0)
+@pytest.mark.anyio
+async def test_a_poke_does_not_outlive_its_step(heard: Heard) -> None:
+    """One poke is one step: a lane that was poked before it began sleeps after its first."""
+    lane = Diary(Report(heard))
+    lane.poke()
+    async with running(lane):
+        await asleep(lane, 1)
+        assert lane.done == ["step"]
+
+
+@pytest.mark.anyio
+async def test_a_deaf_lane_is_not_woken_by_pokes(heard: Heard) -> None:
+    """In an outage each new event would wake the lane for nothing: it sleeps on."""
+    lane = Diary(Report(heard), 1000.0)
+    lane.deaf = True
+    lane.in_step = lane.poke
+    async with running(lane):
+        await asleep(lane, 1)
+        assert lane.poke() is False
+        await anyio.wait_all_tasks_blocked()
+        assert lane.done == ["step"]
+    assert lane.done == ["step", "step", *END]
+
+
+@pytest.mark.anyio
+async def test_a_step_that_breaks_down_does_not_end_the_lane(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect is told, made up for, and after a pause the lane goes on."""
+    monkeypatch.setattr(_lanes, "BROKEN_SECONDS", 0.001)
+    error = RuntimeError("a defect")
+    lane = Diary(Report(heard), error, 1000.0)
+    async with running(lane):
+        await asleep(lane, 2)
+        assert lane.done == ["step", "recover", "step"]
+    assert heard == [(error, "there: delivery")]
+
+
+@pytest.mark.anyio
+async def test_a_lane_that_breaks_down_again_and_again_does_not_spin(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps that break down there is a pause."""
+    monkeypatch.setattr(_lanes, "BROKEN_SECONDS", 1000.0)
+    lane = Diary(Report(heard), *map(RuntimeError, "abc"))
+    async with running(lane):
+        await asleep(lane, 1)
+        lane.answers.clear()
+    assert lane.done == ["step", "recover", "step", *END]
+
+
+@pytest.mark.anyio
+async def test_a_lane_ends_even_if_its_last_step_breaks_down(heard: Heard) -> None:
+    """A defect does not hold up the end."""
+    lane = Diary(Report(heard), RuntimeError())
+    lane.ending = True
+    with anyio.fail_after(30):
+        await lane.run(grace)
+    assert lane.done == ["step", "recover", *END]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("ending", "left"), [(True, END), (False, [("close", 7.0)])])
+async def test_a_cancelled_lane_closes(heard: Heard, ending: bool, left: list[object]) -> None:
+    """Cut off at its end it lets go and closes; cut off by its loop's end it keeps what it has."""
+    lane = Diary(Report(heard), 1000.0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(lane.run, grace)
+        await asleep(lane, 1)
+        lane.ending = ending
+        group.cancel_scope.cancel()
+    assert lane.done == ["step", *left]
+
+
+@pytest.mark.anyio
+async def test_a_lane_that_is_begun_anew_makes_up_for_the_step_that_was_cut_off(
+    heard: Heard,
+) -> None:
+    """A driver's SystemExit may end the loop in mid-step; the next one takes up what it left."""
+    lane = Diary(Report(heard), SystemExit())
+    with pytest.raises(SystemExit):
+        await lane.run(grace)
+    lane.ending = True
+    with anyio.fail_after(30):
+        await lane.run(grace)
+    assert "recover" in lane.done
 
 
 class Function:
@@ -698,188 +346,247 @@ class Function:
         self.got.append(given)
 
 
-@pytest.mark.anyio
-async def test_a_callback_gets_the_very_object(make_callback: Callable[..., Callback]) -> None:
-    """A callback is given the live event, and returning at all is taking it."""
-    function, given = Function(), object()
-    assert await make_callback(function).deliver(given) is True
-    assert function.got == [given]
+def written(*numbers: int) -> Written:
+    """Return events of a session, as its file has them."""
+    events = [
+        EncodedEvent("s", "note", f"id-{n}", f"2026-01-0{n}", orjson.dumps({"n": n}))
+        for n in numbers
+    ]
+    return Written(None, "s/log.jsonl", "s", 0, events, [b""] * len(events), list(numbers))
 
 
-@pytest.mark.anyio
-async def test_a_callback_is_retried(make_callback: Callable[..., Callback]) -> None:
-    """A callback that raises is called again, as often as the options say."""
-    function = Function(failures=2)
-    callback = make_callback(function, max_retry_attempts=2)
-    assert await callback.deliver("x") is True
-    assert (function.calls, function.got) == (3, ["x"])
-    assert (callback.sent, callback.failed, callback.retried, callback.rejected) == (1, 2, 2, 0)
+class Decisions(list[tuple[str, bool]]):
+    """Who hears whether the callback took an event."""
+
+    def __call__(self, written: Written, index: int, taken: bool) -> None:
+        self.append((written.events[index].id, taken))
 
 
-@pytest.mark.anyio
-async def test_a_callback_is_given_up_after_its_retries(
-    make_callback: Callable[..., Callback], heard: Heard
-) -> None:
-    """After the last retry the answer is no, and each failure was told."""
-    function = Function(failures=-1)
-    callback = make_callback(function, max_retry_attempts=2)
-    assert await callback.deliver("x") is False
-    assert (callback.failed, callback.retried, callback.rejected) == (3, 2, 1)
-    assert heard == [(function.error, "downstream_callback")] * 3
+@pytest.fixture
+def decisions() -> Decisions:
+    """What the lane has decided."""
+    return Decisions()
 
 
-@pytest.mark.anyio
-async def test_a_dead_callback_costs_no_calls(make_callback: Callable[..., Callback]) -> None:
-    """While its breaker is open a callback is not called at all."""
-    function = Function(failures=-1)
-    callback = make_callback(
-        function, max_retry_attempts=9, breaker_failures=3, breaker_reset_seconds=1000
-    )
-    assert await callback.deliver("x") is False
-    assert await callback.deliver("y") is False
-    assert function.calls == 3
-    assert callback.rejected == 2
-    assert callback.breaker.state == "open"
+@pytest.fixture
+def make_lane(heard: Heard, decisions: Decisions) -> Callable[..., CallbackLane]:
+    """Make lanes of a callback."""
+
+    def make(function: Callable[[Any], Awaitable[object]], **options: Any) -> CallbackLane:
+        report = Report(heard)
+        return CallbackLane(Callback(function, settings(**options), report), report, decisions)
+
+    return make
 
 
-@pytest.mark.anyio
-async def test_a_callback_that_recovers_is_called_again(
-    make_callback: Callable[..., Callback],
-) -> None:
-    """After the pause one call is the probe, and its success closes the breaker."""
-    function = Function(failures=1)
-    callback = make_callback(function, max_retry_attempts=0, breaker_failures=1)
-    assert await callback.deliver("x") is False
-    await probe_is_due(callback)
-    assert await callback.deliver("y") is True
-    assert function.got == ["y"]
-    assert callback.breaker.state == "closed"
+def put(lane: CallbackLane, *numbers: int) -> list[bool]:
+    """Queue events; return which found room."""
+    batch = written(*numbers)
+    return [lane.put(Called(batch, index)) for index in range(len(numbers))]
 
 
-@pytest.mark.anyio
-async def test_only_one_probe_at_a_time(make_callback: Callable[..., Callback]) -> None:
-    """While a probe runs, other events do not reach the callback."""
-    inside, go_on = anyio.Event(), anyio.Event()
-    got: list[str] = []
-
-    async def function(given: str) -> None:
-        got.append(given)
-        if given == "first":
-            raise ValueError
-        inside.set()
-        await go_on.wait()
-
-    callback = make_callback(function, max_retry_attempts=0, breaker_failures=1)
-    assert await callback.deliver("first") is False
-    await probe_is_due(callback)
-    async with anyio.create_task_group() as group:
-        group.start_soon(callback.deliver, "probe")
-        await inside.wait()
-        assert await callback.deliver("other") is False
-        go_on.set()
-    assert got == ["first", "probe"]
-    assert callback.breaker.state == "closed"
-
-
-@pytest.mark.anyio
-async def test_a_cancelled_probe_is_not_the_last_one(
-    make_callback: Callable[..., Callback],
-) -> None:
-    """A caller who is cancelled during the probe does not switch the callback off for ever."""
-    inside = anyio.Event()
-    got: list[str] = []
-
-    async def function(given: str) -> None:
-        if given == "first":
-            raise ValueError
-        if given == "probe":
-            inside.set()
-            await anyio.sleep_forever()
-        got.append(given)
-
-    callback = make_callback(function, max_retry_attempts=0, breaker_failures=1)
-    assert await callback.deliver("first") is False
-    await probe_is_due(callback)
-    async with anyio.create_task_group() as group:
-        group.start_soon(callback.deliver, "probe")
-        await inside.wait()
-        group.cancel_scope.cancel()
-    with anyio.fail_after(5):
-        while not await callback.deliver("after"):
-            await anyio.sleep(0.001)
-    assert got == ["after"]
-
-
-@pytest.mark.anyio
-async def test_a_callback_goes_by_other_settings(make_callback: Callable[..., Callback]) -> None:
-    """New options hold from the next event on."""
-    function = Function(failures=-1)
-    callback = make_callback(function, max_retry_attempts=0)
-    callback.use_settings(settings(max_retry_attempts=1))
-    await callback.deliver("x")
-    assert function.calls == 2
+async def run_to_the_end(lane: CallbackLane) -> None:
+    """Run a lane until it has decided everything."""
+    lane.ending = True
+    with anyio.fail_after(30):
+        await lane.run(grace)
 
 
 @pytest.mark.anyio
 async def test_a_callback_lane_calls_with_the_events_fields(
-    make_callback: Callable[..., Callback],
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
 ) -> None:
-    """An event that nobody awaits reaches the callback as its fields."""
-    function, passed_on = Function(), list[OutgoingEvent]()
-    lane = CallbackLane(make_callback(function), passed_on.append, settings())
-    await run_to_the_end(lane, event(1), event(2))
+    """An event that nobody awaits reaches the callback as its fields, in order."""
+    function = Function()
+    lane = make_lane(function)
+    assert put(lane, 1, 2) == [True, True]
+    await run_to_the_end(lane)
     assert function.got == [{"n": 1}, {"n": 2}]
-    assert passed_on == []
-    assert (lane.stats().sent, lane.stats().connected) == (2, True)
+    assert decisions == [("id-1", True), ("id-2", True)]
+    assert lane.stats().sent == 2
+
+
+@pytest.mark.anyio
+async def test_a_callback_lane_takes_one_event_a_step(
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
+) -> None:
+    """After each event it looks whether it is to end; with none it waits for one."""
+    lane = make_lane(Function())
+    put(lane, 1, 2)
+    assert [await lane.step() for _ in range(3)] == [0.0, 0.0, math.inf]
 
 
 @pytest.mark.anyio
 async def test_what_a_callback_lane_cannot_deliver_goes_on(
-    make_callback: Callable[..., Callback],
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
 ) -> None:
-    """An event that the callback does not take goes to the fallback, in order."""
-    function, passed_on = Function(failures=-1), list[OutgoingEvent]()
-    callback = make_callback(
-        function, max_retry_attempts=1, breaker_failures=2, breaker_reset_seconds=1000
-    )
-    lane = CallbackLane(callback, passed_on.append, settings())
-    await run_to_the_end(lane, event(1), event(2))
-    assert passed_on == [event(1), event(2)]
+    """An event that the callback does not take is said not to be taken, in order."""
+    function = Function(failures=-1)
+    lane = make_lane(function, max_retry_attempts=1, breaker_failures=2, breaker_reset_seconds=1000)
+    put(lane, 1, 2)
+    await run_to_the_end(lane)
+    assert decisions == [("id-1", False), ("id-2", False)]
     assert function.calls == 2
     assert (lane.stats().rejected, lane.stats().connected) == (2, False)
 
 
 @pytest.mark.anyio
 async def test_a_cancellation_from_inside_a_callback_passes_the_event_on(
-    make_callback: Callable[..., Callback],
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
 ) -> None:
     """A CancelledError that nobody asked for costs the callback its event, not the lane."""
     function = Function(failures=1, error=asyncio.CancelledError())
-    passed_on: list[OutgoingEvent] = []
-    lane = CallbackLane(make_callback(function, max_retry_attempts=0), passed_on.append, settings())
-    await run_to_the_end(lane, event(1), event(2))
-    assert passed_on == [event(1)]
+    lane = make_lane(function, max_retry_attempts=0)
+    put(lane, 1, 2)
+    await run_to_the_end(lane)
+    assert decisions == [("id-1", False), ("id-2", True)]
     assert function.got == [{"n": 2}]
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_callback_lane_counts_what_it_leaves(
-    make_callback: Callable[..., Callback],
+async def test_a_cancelled_callback_lane_passes_on_what_it_leaves(
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
 ) -> None:
-    """A callback that hangs at the end of the shutdown's budget is cut off; its event counts."""
+    """A callback that hangs at the end is cut off; its event and all behind it go on."""
     inside = anyio.Event()
-    passed_on: list[OutgoingEvent] = []
 
     async def function(given: Any) -> None:
         inside.set()
         await anyio.sleep_forever()
 
-    lane = CallbackLane(make_callback(function), passed_on.append, settings())
-    lane.put(event(1))
+    lane = make_lane(function)
+    put(lane, 1, 2)
     async with anyio.create_task_group() as group:
-        group.start_soon(lane.run)
+        group.start_soon(lane.run, grace)
         await inside.wait()
-        lane.cancelling()
+        lane.ending = lane.cancelled = True
         group.cancel_scope.cancel()
-    assert passed_on == []
-    assert lane.stats().dropped == 1
+    assert decisions == [("id-1", False), ("id-2", False)]
+    assert lane.stats().dropped == 2
+    assert lane.finished
+
+
+@pytest.mark.anyio
+async def test_an_event_that_breaks_the_callback_lane_goes_on(
+    make_lane: Callable[..., CallbackLane], decisions: Decisions, heard: Heard
+) -> None:
+    """What cannot be called for is told, and does not hold back the rest."""
+    lane = make_lane(Function())
+    broken = written(1)
+    broken.events[0] = broken.events[0]._replace(body=b"no JSON")  # type: ignore[index]
+    lane.put(Called(broken, 0))
+    put(lane, 2)
+    async with running(lane):
+        await wait_until(lambda: decisions == [("id-1", False)])
+        lane.wake()
+        await wait_until(lambda: len(decisions) == 2)
+    assert decisions[1] == ("id-2", True)
+    assert [context for _, context in heard] == ["downstream_callback: delivery"]
+
+
+@pytest.mark.anyio
+async def test_a_callback_lane_that_breaks_down_with_nothing_queued_recovers(
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
+) -> None:
+    """There is nothing to make up for then."""
+    make_lane(Function()).recover()
+    assert decisions == []
+
+
+@pytest.mark.anyio
+async def test_a_decision_that_fails_costs_no_other_event_its_call(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where noting what a callback took breaks down, the next event is called for as ever."""
+    monkeypatch.setattr(_lanes, "BROKEN_SECONDS", 0.0)
+    function, report, fuse = Function(), Report(heard), [RuntimeError()]
+
+    def decide(written: Written, index: int, taken: bool) -> None:
+        if fuse:
+            raise fuse.pop()
+
+    lane = CallbackLane(Callback(function, settings(), report), report, decide)
+    put(lane, 1, 2)
+    await run_to_the_end(lane)
+    assert function.got == [{"n": 1}, {"n": 2}]
+
+
+def test_a_full_callback_lane_lets_events_pass_and_says_so_once(
+    make_lane: Callable[..., CallbackLane], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What finds no room is counted and goes on at once; one line on stderr says so."""
+    lane = make_lane(Function(), max_pending_events=2)
+    assert put(lane, 1, 2, 3, 4) == [True, True, False, False]
+    assert (lane.stats().lag_events, lane.stats().dropped) == (2, 2)
+    assert capsys.readouterr().err == (
+        "eventlog_handler: downstream_callback is behind: events pass it by\n"
+    )
+
+
+def test_a_callback_lane_goes_by_other_settings(make_lane: Callable[..., CallbackLane]) -> None:
+    """New options hold from the next event on."""
+    lane = make_lane(Function(), max_pending_events=1)
+    assert put(lane, 1, 2) == [True, False]
+    lane.use_settings(settings(max_pending_events=2))
+    assert put(lane, 2) == [True]
+
+
+def test_the_lag_of_a_callback_lane_is_that_of_its_first_event(
+    make_lane: Callable[..., CallbackLane],
+) -> None:
+    """How long the oldest event waits for the callback is told; nothing where none does."""
+    lane = make_lane(Function())
+    assert (lane.stats().lag_events, lane.stats().lag_seconds) == (0, 0.0)
+    events = [EncodedEvent("s", "note", "id", "2000-01-01T00:00:00+00:00", b"{}")]
+    lane.put(Called(Written(None, "", "s", 0, events, [b"{}"], [1]), 0))
+    assert lane.stats().lag_seconds > 3600
+
+
+def test_a_forked_child_has_nothing_to_call_for(
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
+) -> None:
+    """What the parent has queued is the parent's to deliver."""
+    lane = make_lane(Function())
+    put(lane, 1)
+    lane.forked()
+    assert lane.finished
+    assert (decisions, lane.stats().dropped) == ([], 0)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_is_under_way_in_the_parent_costs_the_child_nothing(
+    make_lane: Callable[..., CallbackLane], decisions: Decisions
+) -> None:
+    """The first event of a child is called for, whatever its parent was doing."""
+
+    async def fork() -> None:
+        lane.forked()
+        put(lane, 2)
+        raise SystemExit
+
+    function = Function()
+    lane = make_lane(function)
+    put(lane, 1)
+    step: Any = lane.step
+    lane.step = fork  # type: ignore[method-assign,assignment]
+    with pytest.raises(SystemExit):
+        await lane.run(grace)
+    lane.step = step  # type: ignore[method-assign]
+    await run_to_the_end(lane)
+    assert decisions == [("id-2", True)]
+
+
+@pytest.mark.anyio
+async def test_a_probe_that_is_under_way_in_the_parent_is_made_in_the_child(
+    heard: Heard, decisions: Decisions
+) -> None:
+    """A process that is copied during the probe makes one of its own."""
+    function, report = Function(), Report(heard)
+    callback = Callback(function, settings(), report)
+    lane = CallbackLane(callback, report, decisions)
+    callback.breaker.trip(0.0)
+    assert callback.breaker.allow(1000.0)
+    lane.forked()
+    put(lane, 1)
+    await run_to_the_end(lane)
+    assert decisions == [("id-1", True)]

@@ -188,9 +188,11 @@ def test_flush_tells_what_is_not_written(make_handler: Make, base: Path) -> None
     (base / "s1").write_text("in the way")
     handler.handle(record("one"))
     wait_until(lambda: handler._feed._listener.kept == 1)
-    assert not handler._feed.flush(0.5)
+    receipt = handler.flush(timeout=0.5)
+    assert not receipt
+    assert receipt.waiting > 0
     (base / "s1").unlink()
-    assert handler._feed.flush(30)
+    assert handler.flush(timeout=30)
 
 
 def test_what_cannot_be_written_until_close_is_counted(make_handler: Make, base: Path) -> None:
@@ -269,14 +271,14 @@ def test_flush_on_the_listener_does_not_wait_for_itself(make_handler: Make, base
 
     def flush(error: Exception, context: str) -> None:
         if handler is not None:
-            flushed.append(handler._feed.flush(30))
+            flushed.append(bool(handler.flush(timeout=30)))
             (base / "s1").unlink(missing_ok=True)
 
     handler = make_handler(error_handler=flush)
     handler.handle(record("one"))
     wait_until(lambda: len(flushed) == 1)
     assert flushed == [False]
-    assert handler._feed.flush(30)
+    assert handler.flush(timeout=30)
 
 
 def test_a_handler_that_is_garbage_writes_and_ends(base: Path) -> None:
@@ -285,9 +287,10 @@ def test_a_handler_that_is_garbage_writes_and_ends(base: Path) -> None:
     handler = EventLogHandler(log_base_dir=base, downstream_transport=transport)
     handler.handle(record("one"))
     listener = handler._feed._listener
-    threads = [listener._thread, handler.gateway._delivery._thread]
+    ((_, worker),) = handler.gateway._delivery._senders.values()
+    threads = [listener._thread, worker._thread]
     gone = weakref.ref(handler)
-    del handler, listener
+    del handler, listener, worker
     gc.collect()
     assert gone() is None
     for thread in threads:
@@ -413,12 +416,13 @@ def test_where_no_thread_can_start_the_caller_writes(
             raise RuntimeError("can't create new thread at interpreter shutdown")
 
     monkeypatch.setattr("eventlog_handler._listener.threading.Thread", NoThread)
-    monkeypatch.setattr("eventlog_handler._delivery.threading.Thread", NoThread)
+    monkeypatch.setattr("eventlog_handler._worker.threading.Thread", NoThread)
     handler = EventLogHandler(log_base_dir=base, downstream_transport=LoggingTransport())
     handler.handle(record("late"))
     assert [e["message"] for e in events_of(base)] == ["late"]
     handler.close()
-    assert handler.stats().transports["LoggingTransport"].dropped == 1
+    # It stands in the file, for the next process to send.
+    assert handler.stats().transports["LoggingTransport"].lag_events == 1
 
 
 def test_a_listener_that_hangs_does_not_hang_the_exit(base: Path) -> None:

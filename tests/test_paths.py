@@ -374,3 +374,22 @@ def test_pattern_is_a_str(argument: str, option: str) -> None:
     with pytest.raises(TypeError) as caught:
         paths(**{argument: 7})
     assert str(caught.value) == f"{option} must be a str, not int"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "session_id", "said", "expected"),
+    [
+        ("{session_id}", "chat 42/7", None, "chat 42/7"),
+        ("{session_id}", "x" * 500, "x" * 500, "x" * 500),
+        ("{session_id}", "x" * 500, None, session_to_name("x" * 500)),
+        ("{session_id}", "chat", "another", "chat"),
+        ("day/s-{session_id}", "chat", "chat", "chat"),
+        ("day/s-{session_id}", "chat", None, "s-chat"),
+    ],
+)
+def test_a_directory_tells_its_session(
+    pattern: str, session_id: str, said: str | None, expected: str
+) -> None:
+    """By what an event in it says, if that fits; else by its name."""
+    paths = SessionPaths(Path("/b"), pattern, "unknown", "log", ".jsonl", "u")
+    assert paths.session(paths.directory(session_id), said) == expected

@@ -132,6 +132,80 @@ def log_until_killed(spec: dict[str, Any]) -> None:
     tell_stats(handler)
 
 
+class FarSide:
+    """A transport whose far side is a file, which outlives every process.
+
+    Args:
+        path: The file; a line an event that arrived.
+        loses: How likely an answer is lost, after the event has arrived.
+        down: Whether nothing arrives at all.
+    """
+
+    is_connected = True
+
+    def __init__(self, path: Path, loses: float, down: bool) -> None:
+        self.name = path.stem
+        self._loses = loses
+        self._down = down
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def arrive(self, data: bytes) -> None:
+        """Have it there; perhaps nobody hears of it."""
+        if self._down:
+            raise ConnectionError("down")
+        os.write(self._fd, data)
+        if random.random() < self._loses:
+            raise TimeoutError("the answer was lost")
+
+    async def send(self, event: bytes, metadata: object = None) -> bool:
+        """Take one event."""
+        self.arrive(event + b"\n")
+        return True
+
+    async def close(self) -> None:
+        """Stay open: a late event may come."""
+
+    async def health_check(self) -> bool:
+        """Return whether something would arrive."""
+        return not self._down
+
+
+class FarSideOfBatches(FarSide):
+    """The same for batches."""
+
+    async def send_batch(self, batch: list[Any]) -> bool:
+        """Take all of a batch."""
+        self.arrive(b"".join(event.line + b"\n" for event in batch))
+        return True
+
+
+def far_sides(spec: dict[str, Any]) -> list[FarSide]:
+    """Return two transports, one that takes single events and one that takes batches."""
+    folder, how = Path(spec["far"]), (spec.get("loses", 0.0), spec.get("down", False))
+    return [
+        FarSide(folder / "single.lines", *how),
+        FarSideOfBatches(folder / "batch.lines", *how),
+    ]
+
+
+def deliver_until_killed(spec: dict[str, Any]) -> None:
+    """Log, and deliver what was logged."""
+    quick = {"retry_delay_seconds": 0.01, "breaker_reset_seconds": 0.05}
+    spec["options"] = {**quick, "downstream_transport": far_sides(spec)}
+    log_until_killed(spec)
+
+
+def deliver_the_rest(spec: dict[str, Any]) -> None:
+    """Do as the next process does, until the test has seen enough."""
+    quick = {"retry_delay_seconds": 0.01, "breaker_reset_seconds": 0.05}
+    spec["options"] = {**quick, "downstream_transport": far_sides(spec)}
+    handler = new_handler(spec)
+    say(ready=True)
+    sys.stdin.buffer.read(1)
+    tell_stats(handler)
+    handler.close()
+
+
 def compute() -> None:
     """Hold the interpreter's lock as long as it lets one."""
     value = 1
@@ -158,7 +232,7 @@ def recover_here(spec: dict[str, Any]) -> None:
     """Do what every next process does: make a handler, whose start recovers; flush."""
     say(ready=True)
     handler = new_handler(spec)
-    flushed = handler._feed.flush(HANG_SECONDS)
+    flushed = bool(handler.flush(timeout=HANG_SECONDS))
     tell_stats(handler, flushed=flushed)
 
 
@@ -404,7 +478,7 @@ def interrupt_often(spec: dict[str, Any]) -> None:
         say(**told)
         os.kill(os.getpid(), signal.SIGKILL)
     gc.collect()
-    flushed = handler._feed.flush(HANG_SECONDS)
+    flushed = bool(handler.flush(timeout=HANG_SECONDS))
     tell_stats(handler, flushed=flushed, **told)
 
 
@@ -465,7 +539,7 @@ def fill_and_free(spec: dict[str, Any]) -> None:
         if spec.get("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         filler.unlink()
-        if not handler._feed.flush(HANG_SECONDS):
+        if not bool(handler.flush(timeout=HANG_SECONDS)):
             raise TimeoutError("not flushed after the disk was freed")
     tell_stats(handler, longest=longest)
 
@@ -626,6 +700,8 @@ CHILDREN: dict[str, Callable[[dict[str, Any]], None]] = {
         fill_and_free,
         cut_writes_short,
         open_many_sessions,
+        deliver_until_killed,
+        deliver_the_rest,
         zygote,
     )
 }
