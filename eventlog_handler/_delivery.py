@@ -199,7 +199,10 @@ class Delivery:
             for sender, worker in self._senders.values():
                 room = 0 if self._closed else self._settings.max_pending_events
                 sender.backlog.grow(written, undecided, room)
-                if not self._closed:
+                if self._closed:
+                    # Its row may have gone since the file was made known.
+                    sender.save_all()
+                else:
                     worker.poke()
         return written
 

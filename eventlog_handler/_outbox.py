@@ -198,6 +198,7 @@ class Outbox:
         return self._try(lambda database: self._adopt(database, transport), [])
 
     def _adopt(self, database: sqlite3.Connection, transport: str) -> list[Owed]:
+        self._stay_alive()
         found = database.execute(
             "SELECT DISTINCT owner FROM acked WHERE transport = ? AND owner <> ?",
             (transport, self._owner),
@@ -269,6 +270,12 @@ class Outbox:
             self._disconnect()
             self._let_go()
 
+    def _stay_alive(self) -> None:
+        """Hold our lock: it is new, or somebody has tidied its file away."""
+        if self._owner != NOBODY and self._owner not in owners(self._own):
+            self._let_go()
+            self._fd = come_alive(self._own, self._owner)
+
     def _let_go(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -324,10 +331,7 @@ class Outbox:
             self._disconnect()
             self.losses += 1
         journal_directory(self.base, self._directory_mode)
-        if self._owner != NOBODY and self._owner not in owners(self._own):
-            # New, or somebody has removed the directory.
-            self._let_go()
-            self._fd = come_alive(self._own, self._owner)
+        self._stay_alive()
         with exclusive(self._own / MADE, BUSY_SECONDS) as mark:
             again = os.fstat(mark).st_size > 0
             # SQLite would make it with other permissions.
@@ -413,7 +417,9 @@ class Outbox:
             return
         # Where nobody announced the fork, a server written in C for example, it may be clean too.
         clean = self._forking == threading.get_ident() or (
-            self._database is None and self._lock.acquire(blocking=False)
+            self._database is None
+            and self._lock.acquire(blocking=False)
+            and self._checkpointing.acquire(blocking=False)
         )
         if not clean:
             # A thread was inside SQLite when the process was copied: what it used must be neither

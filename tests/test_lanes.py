@@ -328,6 +328,21 @@ async def test_a_lane_that_is_begun_anew_makes_up_for_the_step_that_was_cut_off(
     assert "recover" in lane.done
 
 
+@pytest.mark.anyio
+async def test_a_lane_that_is_begun_anew_after_a_step_has_nothing_to_make_up_for(
+    heard: Heard,
+) -> None:
+    """A loop that is ended while the lane sleeps has cut nothing off."""
+    lane = Diary(Report(heard), 1000.0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(lane.run, grace)
+        await asleep(lane, 1)
+        group.cancel_scope.cancel()
+    async with running(lane):
+        await asleep(lane, 2)
+    assert "recover" not in lane.done
+
+
 class Function:
     """A callback that fails a number of times."""
 
@@ -432,7 +447,7 @@ async def test_what_a_callback_lane_cannot_deliver_goes_on(
 
 @pytest.mark.anyio
 async def test_a_cancellation_from_inside_a_callback_passes_the_event_on(
-    make_lane: Callable[..., CallbackLane], decisions: Decisions
+    make_lane: Callable[..., CallbackLane], decisions: Decisions, heard: Heard
 ) -> None:
     """A CancelledError that nobody asked for costs the callback its event, not the lane."""
     function = Function(failures=1, error=asyncio.CancelledError())
@@ -441,6 +456,7 @@ async def test_a_cancellation_from_inside_a_callback_passes_the_event_on(
     await run_to_the_end(lane)
     assert decisions == [("id-1", False), ("id-2", True)]
     assert function.got == [{"n": 2}]
+    assert "downstream_callback: delivery" not in [context for _, context in heard]
 
 
 @pytest.mark.anyio

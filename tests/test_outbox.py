@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from eventlog_handler import EventSessionLogger, NullTransport, _lifecycle, _outbox
 from eventlog_handler._encode import process_id
+from eventlog_handler._files import SessionFiles
 from eventlog_handler._outbox import DATABASE, MADE, Outbox, Owed
 from eventlog_handler._owner import exclusive, owners
 from eventlog_handler._report import Report
@@ -40,6 +41,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_outbox, "BUSY_SECONDS", HUNG_SECONDS)
     monkeypatch.setattr(_outbox, "FORK_SECONDS", HUNG_SECONDS)
     monkeypatch.setattr(_lifecycle, "_connected", dict[int, object]())
+    monkeypatch.setattr(_outbox, "_untouchable", set[Path]())
 
 
 @pytest.fixture
@@ -593,6 +595,29 @@ def test_events_during_the_end_are_known(
     assert len(stored(base, name)) == 1
 
 
+def test_an_event_that_is_being_written_during_the_end_is_known(
+    make: Make, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose file was known before, and whose line comes after, waits for adoption too."""
+    writing, go_on, write = threading.Event(), threading.Event(), SessionFiles._write
+
+    def slow(files: SessionFiles, *args: Any) -> None:
+        writing.set()
+        assert go_on.wait(HUNG_SECONDS)
+        write(files, *args)
+
+    gateway = EventSessionLogger(base, downstream_transport=NullTransport())
+    [name] = gateway.stats().transports
+    log(gateway, 1)
+    assert gateway._delivery.flush(None, time.monotonic() + HUNG_SECONDS) == ()
+    with monkeypatch.context() as patch:
+        patch.setattr(SessionFiles, "_write", slow)
+        with thread(lambda: log(gateway, 2), go_on):
+            assert writing.wait(HUNG_SECONDS)
+            gateway._delivery.close(time.monotonic() + HUNG_SECONDS)
+    assert len(stored(base, name)) == 1
+
+
 def test_where_nothing_was_saved_nothing_is_made(make: Make, base: Path) -> None:
     """Adopting, letting go and closing leave a base as it was: not there."""
     outbox = make()
@@ -829,6 +854,15 @@ def test_who_lives_is_alive_without_our_directory_too(make: Make, base: Path) ->
         path.unlink()
     (base / ".eventlog").rmdir()
     assert outbox.save("t", [owed("1", 1)])
+    assert other.adopt("t", ["t"]) == []
+
+
+def test_who_lives_says_so_again(make: Make, base: Path) -> None:
+    """Where somebody tidies away old files, the next look for the dead makes ours again."""
+    outbox, other = make(), make()
+    outbox.save("t", [owed("1", 1)])
+    (base / ".eventlog" / f"{owner_of(base, '1')}.owner").unlink()
+    outbox.adopt("t", ["t"])
     assert other.adopt("t", ["t"]) == []
 
 
@@ -1517,6 +1551,24 @@ def test_a_child_of_a_stuck_connection_does_without(
     ):
         assert entered.wait(HUNG_SECONDS)
         assert fork(do_without).hear() is True
+
+
+def test_a_child_of_a_slow_checkpoint_does_without(
+    make: Make, base: Path, fork: Fork, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection that writes the log back counts too, where no other is open at that time."""
+    monkeypatch.setattr(_outbox, "FORK_SECONDS", 0.01)
+    monkeypatch.setattr(_outbox, "CHECKPOINT_TRANSACTIONS", 2)
+    outbox = make()
+    outbox.save("t", ())
+    with (
+        slow_connections(monkeypatch, of_checkpoints=True) as (entered, go_on),
+        thread(lambda: outbox.save("t", ()), go_on),
+    ):
+        assert entered.wait(HUNG_SECONDS)
+        with locked(base):
+            assert not outbox.save("t", ())
+        assert fork(lambda test: test.say(outbox.failing)).hear() is True
 
 
 def test_a_child_of_a_stuck_connection_holds_nobody_up(

@@ -446,6 +446,45 @@ async def test_what_is_left_of_a_batch_does_not_wait_again(begin: Begin, clock: 
 
 
 @pytest.mark.anyio
+async def test_what_comes_while_a_batch_is_sent_waits_for_its_own(
+    begin: Begin, clock: Clock
+) -> None:
+    """Events that were due go at once, in however many calls; the next one begins to wait."""
+
+    class Slow(Single):
+        async def send(self, event: Any, metadata: dict[str, Any] | None = None) -> bool:
+            clock.now += 1
+            return await super().send(event, metadata)
+
+    process = begin(there := Slow(), batch_seconds=5)
+    process.write("a", 1, 2)
+    clock.now += await process.lane().step()
+    await process.lane().step()
+    process.write("b", 3)
+    await process.lane().step()
+    assert there.taken == [1, 2]
+    assert await process.lane().step() == 5
+
+
+@pytest.mark.anyio
+async def test_what_comes_while_the_last_of_a_batch_is_sent_waits_too(
+    begin: Begin, clock: Clock
+) -> None:
+    """An event that finds all others sent begins a batch."""
+
+    class Busy(Single):
+        async def send(self, event: Any, metadata: dict[str, Any] | None = None) -> bool:
+            process.write("b", 2)
+            return await super().send(event, metadata)
+
+    process = begin(Busy(), batch_seconds=5)
+    process.write("a", 1)
+    clock.now += await process.lane().step()
+    await process.lane().step()
+    assert await process.lane().step() == 5
+
+
+@pytest.mark.anyio
 async def test_who_waits_for_an_event_does_not_wait_for_the_age_of_its_batch(begin: Begin) -> None:
     """A flush, or a caller who awaits, has the batch sent now, and is released by it."""
     process, released = begin(there := Together(), batch_seconds=5), list[int]()
@@ -651,6 +690,19 @@ async def test_only_attempts_are_counted_as_retries(begin: Begin) -> None:
     await process.run_dry()
     assert there.tried == [1, 2, 1, 2, 1]
     assert process.lane().stats().retried == 3
+
+
+@pytest.mark.anyio
+async def test_a_failed_batch_retries_what_had_failed_before(begin: Begin) -> None:
+    """Each attempt with an event that has failed by itself counts once, together or alone."""
+    process = begin(there := Together([OWN], CONNECTION))
+    process.write("a", 1)
+    process.clock.now += await process.lane().step()
+    process.clock.now += await process.lane().step()
+    process.write("b", 2, 3)
+    await process.run_dry()
+    assert sorted(there.batches[1]) == [1, 2, 3]
+    assert process.lane().stats().retried == sum(1 in batch for batch in there.batches) - 1
 
 
 @pytest.mark.anyio
@@ -1587,6 +1639,35 @@ async def test_a_chunk_in_which_nothing_is_left_is_followed_by_the_next(begin: B
 
 
 @pytest.mark.anyio
+@pytest.mark.usefixtures("two_at_once")
+async def test_a_chunk_that_has_to_wait_is_waited_for(begin: Begin) -> None:
+    """While a chunk's sessions are held back the lane sleeps, though there are more files."""
+    leave(begin(Single()), a=b"#", b=b"#", c=b"#")
+    process = begin(there := Together([OWN, OWN]), retry_delay_seconds=7)
+    assert [await process.lane().step() for _ in range(2)] == [0, 7]
+    await process.run_dry()
+    assert sorted(there.taken) == [1, 11, 21]
+
+
+@pytest.mark.anyio
+async def test_nothing_is_given_up_while_the_base_directory_is_away(
+    begin: Begin, heard: Heard
+) -> None:
+    """A disk that is not mounted for a moment is no reason to take its files for deleted."""
+    leave(begin(Single()), a=b"#")
+    process = begin(there := Single())
+    outbox = process.delivery.outbox
+    assert outbox is not None
+    (owed,) = outbox.adopt(NAME, [NAME])
+    away = process.base.rename(process.base.parent / "away")
+    assert process.lane().owe(outbox, owed) == 0
+    assert heard.kinds == ["FileNotFoundError"]
+    away.rename(process.base)
+    await process.run_dry()
+    assert there.taken == [1]
+
+
+@pytest.mark.anyio
 async def test_a_lane_that_ends_adopts_nothing(begin: Begin) -> None:
     """Who is about to go does not take over the work of others."""
     dead = begin(Single())
@@ -1795,7 +1876,7 @@ async def test_a_new_transport_does_not_wait_for_one_that_hangs(begin: Begin, he
 @pytest.mark.anyio
 async def test_a_new_transport_gets_what_is_in_memory_only(begin: Begin) -> None:
     """Without files, what the one before has not sent is not lost with it."""
-    process = begin(Single(), enable_local_logging=False)
+    process = begin(Single(), enable_local_logging=False, batch_events=1)
     process.write("a", 1, 2)
     before = process.lane()
     process.use(there := Single())
@@ -1911,8 +1992,8 @@ async def test_one_that_hangs_in_its_probe_sends_nothing_any_more(
         await wait_until(lambda: old.checks)
         process.use(new)
         await process.lane().step()
+        process.write("a", 2)
         old.go_on.set()
-    process.write("a", 2)
     await process.run_dry()
     assert (old.tried, new.taken) == ([], [1, 2])
 

@@ -539,7 +539,7 @@ def fill_and_free(spec: dict[str, Any]) -> None:
         if spec.get("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         filler.unlink()
-        if not bool(handler.flush(timeout=HANG_SECONDS)):
+        if not handler.flush(timeout=HANG_SECONDS):
             raise TimeoutError("not flushed after the disk was freed")
     tell_stats(handler, longest=longest)
 
@@ -592,7 +592,7 @@ def open_many_sessions(spec: dict[str, Any]) -> None:
     started = time.monotonic()
     for number in range(1, spec["sessions"] + 1):
         emit("many", 0, number, f"session-{number}")
-    flushed = handler._feed.flush(600.0)
+    flushed = bool(handler.flush(timeout=600.0))
     seconds = time.monotonic() - started
     tell_stats(
         handler, flushed=flushed, seconds=seconds, descriptors=len(os.listdir("/proc/self/fd"))

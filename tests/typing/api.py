@@ -12,16 +12,21 @@ from eventlog_handler import (
     EventLogHandler,
     EventLogProcessor,
     EventSessionLogger,
+    FlushReceipt,
     NullTransport,
+    OutgoingEvent,
     SessionEvent,
     Stats,
+    TransportError,
     TransportInterface,
+    TransportRejectedError,
     create_with_callback,
     create_with_transport,
     redact_keys,
     redact_patterns,
     session_context,
 )
+from eventlog_handler.metrics import PrometheusCollector
 
 
 async def callback(event: object) -> None: ...
@@ -61,9 +66,27 @@ async def use_the_gateway() -> None:
     print(written, path, stats.transports["Own"].lag_events)
 
 
+async def flush_and_send_again(gateway: EventSessionLogger) -> int:
+    receipt: FlushReceipt = await gateway.flush("s", until="transport", timeout=5)
+    behind: tuple[str, ...] = receipt.behind
+    return gateway.resend_rejected("Own") if receipt else len(behind)
+
+
+class Batches(Own):
+    async def send_batch(self, batch: list[OutgoingEvent]) -> list[Exception | None]:
+        return [TransportRejectedError("no") if event.type == "bad" else None for event in batch]
+
+
+def busy() -> TransportError:
+    return TransportError("slow down", retry_after_seconds=30)
+
+
 def use_logging() -> None:
-    handler: logging.Handler = EventLogHandler("INFO", log_base_dir="logs")
-    logging.getLogger().addHandler(handler)
+    handler = EventLogHandler("INFO", log_base_dir="logs")
+    as_logging_has_it: logging.Handler = handler
+    logging.getLogger().addHandler(as_logging_has_it)
+    assert handler.flush("s", until="file", timeout=1.0)
+    PrometheusCollector(handler)
     structlog.configure(processors=[EventLogProcessor(passthrough=False)])
 
 
