@@ -353,6 +353,10 @@ class Backlog:
         """How many sessions have something left."""
         return len(self._queues)
 
+    def lags(self, session: str | None) -> bool:
+        """Whether something of a session is left, or of any."""
+        return bool(self._queues) if session is None else session in self._queues
+
     @property
     def lag_bytes(self) -> int:
         """How many bytes of lines wait."""

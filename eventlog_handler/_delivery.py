@@ -242,8 +242,13 @@ class Delivery:
             reached = threading.Semaphore(0)
             count = sender.backlog.when(reached.release, session)
             worker.poke()
-            waits.append((name, reached, count))
-        return tuple(name for name, reached, count in waits if not _all(reached, count, deadline))
+            waits.append((name, sender, reached, count))
+        return tuple(
+            name
+            for name, sender, reached, count in waits
+            # One that ends in an outage releases who waits for it.
+            if not _all(reached, count, deadline) or (sender.ended and sender.backlog.lags(session))
+        )
 
     def resend_rejected(self, name: str | None) -> int:
         """Send what was refused again; return how many events that are.

@@ -32,6 +32,17 @@ def backoff_seconds(attempt: int, delay: float, longest: float, chance: float) -
     return chance * min(longest, delay * 2.0 ** min(attempt - 1, 60))
 
 
+def seconds_asked_for(error: Exception) -> float:
+    """Return for how long a far side asks to be left alone; nonsense is nothing."""
+    try:
+        seconds = float(getattr(error, "retry_after_seconds", None) or 0.0)
+    except OverflowError:
+        return LONGEST_RETRY_AFTER_SECONDS
+    except (TypeError, ValueError):
+        return 0.0
+    return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0
+
+
 def as_exception(error: BaseException) -> Exception:
     """Return the error itself, or one of ours around what an error handler cannot take."""
     if isinstance(error, Exception):
@@ -41,6 +52,7 @@ def as_exception(error: BaseException) -> Exception:
     return wrapped
 
 
+LONGEST_RETRY_AFTER_SECONDS = 3600.0
 FIGURES = ("sent", "failed", "retried", "rejected")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import orjson
 
 # Dataclasses go through `plain`: orjson itself leaves out fields that begin with an underscore.
-_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATACLASS
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 _DEEPEST = 60
 """Levels that the careful way keeps. orjson itself stops at 254."""
 _LONGEST_INT = 4300
@@ -29,11 +30,20 @@ def encode(fields: Mapping[str, Any]) -> bytes:
     dataclasses, lists for sets, `null` for NaN and infinities. Never raises an `Exception`.
     """
     try:
-        return orjson.dumps(fields, default=plain, option=_OPTIONS)
+        return orjson.dumps(fields, default=plain, option=_options())
     except Exception:
         # A circle, a lone surrogate, an integer of more than 64 bits, an object that defends
         # itself: rare enough to pay a walk in Python, 10 to 50 times slower.
         return orjson.dumps(_careful(fields, ()))
+
+
+def _options() -> int:
+    """Return orjson's options: with those for numpy only where the application has imported it.
+
+    orjson itself imports it for the first value that it does not know: a tenth of a second in the
+    middle of somebody's `logger.info`, and a hang where a signal's exception cuts that import off.
+    """
+    return _OPTIONS | orjson.OPT_SERIALIZE_NUMPY if "numpy" in sys.modules else _OPTIONS
 
 
 def encode_and_load(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def _careful_container(value: Any, parents: tuple[int, ...]) -> Any:
     if isinstance(value, (list, tuple)) and not hasattr(value, "_asdict"):
         return [_careful(item, parents) for item in list(value)]
     try:
-        return orjson.loads(orjson.dumps(value, option=_OPTIONS))
+        return orjson.loads(orjson.dumps(value, option=_options()))
     except Exception:
         return _careful(plain(value), parents)
 

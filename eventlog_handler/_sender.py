@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import anyio
 
@@ -14,7 +14,7 @@ from eventlog_handler._batch import Outcomes, offer
 from eventlog_handler._breaker import CLOSED, HALF_OPEN, OPEN
 from eventlog_handler._config import Settings
 from eventlog_handler._cursor import Cursor
-from eventlog_handler._downstream import Downstream, as_exception
+from eventlog_handler._downstream import Downstream, as_exception, seconds_asked_for
 from eventlog_handler._journal import OWN_DIRECTORY
 from eventlog_handler._lanes import Lane
 from eventlog_handler._lines import measure
@@ -32,8 +32,14 @@ from eventlog_handler.typing import OutgoingEvent, TransportStats
 
 TEND_SECONDS = 30.0
 """Between two looks for what dead processes left."""
-LONGEST_RETRY_AFTER_SECONDS = 3600.0
 Committed = Callable[[str, str], "int | None"]
+AMBIGUOUS = (
+    TransportConnectionError,
+    TransportTimeoutError,
+    OSError,
+    asyncio.TimeoutError,  # no OSError before 3.11
+)
+"""Failures that say nothing of the event."""
 Batch = Sequence[tuple[Cursor, OutgoingEvent]]
 Failed = dict[Cursor, tuple[OutgoingEvent, Exception]]
 
@@ -251,14 +257,14 @@ class Sender(Lane):
             of_all: Whether any event would have failed.
         """
         self._downstream.note_failed(error)
-        pause = _seconds(getattr(error, "retry_after_seconds", None))
+        pause = seconds_asked_for(error)
         if of_all and self._breaker.state == CLOSED:
             pause = max(pause, self._downstream.backoff(self._breaker.failures))
         self._pause_until = max(self._pause_until, time.monotonic() + pause)
 
     async def _deal_with(self, cursor: Cursor, event: OutgoingEvent, error: Exception) -> None:
         """Decide on an event that has failed: once more later, or parked."""
-        ambiguous = isinstance(error, (TransportConnectionError, TransportTimeoutError, OSError))
+        ambiguous = isinstance(error, AMBIGUOUS)
         self._note_failed(error, of_all=ambiguous)
         cursor.attempts += 1
         cursor.refusals += not ambiguous
@@ -328,8 +334,7 @@ class Sender(Lane):
             return
         self._tend_at = now + TEND_SECONDS
         losses = self.outbox.losses
-        if losses != self._losses.get(self.outbox):
-            self.save_all()
+        if losses != self._losses.get(self.outbox) and self.save_all():
             self._losses[self.outbox] = losses
         owed, self.backlog.unread = self.backlog.unread, []
         found = self.outbox.adopt(self.name, self._names())
@@ -342,12 +347,13 @@ class Sender(Lane):
                 self.owe(self.outbox, each)
         self._save()
 
-    def save_all(self) -> None:
-        """Save how far all is that has something left."""
-        for outbox in {c.outbox for c in self.backlog.cursors() if c.outbox is not None}:
-            self._losses[outbox] = outbox.losses
-            mine = [c for c in self.backlog.cursors() if c.outbox is outbox]
-            outbox.save(self.name, self._positions(mine))
+    def save_all(self) -> bool:
+        """Save how far all is that has something left; return whether that could be done."""
+        left = [cursor for cursor in self.backlog.cursors() if cursor.outbox is not None]
+        return all(
+            outbox.save(self.name, self._positions([c for c in left if c.outbox is outbox]))
+            for outbox in {c.outbox for c in left if c.outbox is not None}
+        )
 
     def owe(self, outbox: Outbox, owed: Owed) -> int:
         """Take what is left of a file; return how many events that are.
@@ -394,10 +400,10 @@ class Sender(Lane):
 
     def abandon(self) -> None:
         """Leave what is not sent: in the files, for the next process or one of this name."""
-        self.ended = True
         if not (self.replaced or self.detached):
-            self.backlog.land()
             self.release(keep=True)
+        # Last: whoever takes over begins now.
+        self.ended = True
 
     def release(self, keep: bool) -> None:
         """Let go of the files.
@@ -434,14 +440,3 @@ class Sender(Lane):
         return self._downstream.stats(
             backlog.lag_events, backlog.oldest, backlog.dropped, connected
         )
-
-
-def _seconds(asked: Any) -> float:
-    """Return for how long to leave a far side alone that asks for it; nonsense is nothing."""
-    try:
-        seconds = float(asked or 0.0)
-    except OverflowError:
-        return LONGEST_RETRY_AFTER_SECONDS
-    except (TypeError, ValueError):
-        return 0.0
-    return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0

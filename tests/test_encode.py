@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -494,3 +495,17 @@ def test_time_that_no_calendar_has_is_now(seconds: float) -> None:
     before = datetime.now(timezone.utc).replace(microsecond=0)
     found = datetime.fromisoformat(timestamp(seconds))
     assert before <= found <= datetime.now(timezone.utc)
+
+
+def test_no_value_makes_us_import_anything(tmp_path: Path) -> None:
+    """A value that JSON has no word for costs its caller no import, of numpy least of all."""
+    (tmp_path / "numpy.py").touch()
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from eventlog_handler._encode import encode\n"
+        "before = set(sys.modules)\n"
+        "encode({'x': object(), 'y': {1}})\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -159,3 +159,28 @@ async def test_what_one_gateway_leaves_the_next_one_sends(base: Path) -> None:
             while len(transport.sent) < 3:
                 await anyio.sleep(0.001)
     assert [e["n"] for e in transport.events if e["session_id"] == "s"] == [1, 3]
+
+
+@pytest.mark.anyio
+async def test_a_flush_that_is_overtaken_by_the_end_says_what_is_missing(base: Path) -> None:
+    """Where the gateway is closed in an outage, nothing is said to be acknowledged."""
+    down, receipts = FailingTransport.down(), list[FlushReceipt]()
+    gateway = EventSessionLogger(
+        base,
+        downstream_transport=down,
+        downstream_wait_seconds=0,
+        retry_delay_seconds=0.001,
+        shutdown_timeout_seconds=0.1,
+    )
+    await gateway({"type": "note", "session_id": "s"})
+
+    async def flush() -> None:
+        receipts.append(await gateway.flush(until="transport", timeout=60))
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(flush)
+            while gateway.stats().transports["down"].breaker == "closed":
+                await anyio.sleep(0.001)
+            await gateway.close()
+    assert [(receipt.complete, receipt.behind) for receipt in receipts] == [(False, ("down",))]
