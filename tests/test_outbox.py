@@ -109,6 +109,11 @@ def owner_of(base: Path, path: str) -> str:
     return str(owner)
 
 
+def owner_files(base: Path) -> list[str]:
+    """Return the names of the files of all owners."""
+    return [f"{owner}.owner" for owner in owners(base / ".eventlog")]
+
+
 def leave_behind(base: Path, *files: Owed, transport: str = "t") -> None:
     """Save files as a process does that then dies."""
     outbox = Outbox(base, 0o700, Report(None), tuple)
@@ -421,14 +426,15 @@ def test_locks_of_the_dead_that_own_nothing_go(make: Make, base: Path) -> None:
     leave_behind(base, owed("1"))
     [first] = owners(base / ".eventlog")
     leave_behind(base, owed("1"), transport="u")
-    outbox, other = make(), make()
-    other.save("v", [owed("1")])
+    outbox, busy, idle = make(), make(), make()
+    busy.save("v", [owed("1")])
+    idle.save("v", ())
     assert first in owners(base / ".eventlog")
     outbox.adopt("t", ["t", "u"])
     assert first not in owners(base / ".eventlog")
-    assert len(owners(base / ".eventlog")) == 3
+    assert len(owners(base / ".eventlog")) == 4
     outbox.adopt("u", ["t", "u"])
-    assert len(owners(base / ".eventlog")) == 2
+    assert len(owners(base / ".eventlog")) == 3
 
 
 def test_a_planted_link_among_the_owners_stops_nobody(make: Make, base: Path) -> None:
@@ -652,6 +658,14 @@ def test_a_new_base_is_not_scanned(make: Make, base: Path) -> None:
     assert calls == []
 
 
+def test_a_database_that_is_whole_is_not_scanned_for(make: Make, base: Path) -> None:
+    """Another process that finds it as it was left takes what is in it for all there is."""
+    leave_behind(base, owed("1", 1))
+    scan, calls = scanned(("2", "s", "x"))
+    assert make(scan).adopt("t", ["t"]) == [owed("1", 1)]
+    assert calls == []
+
+
 @pytest.mark.parametrize("suffixes", [("", "-wal", "-shm"), ("",)])
 def test_a_database_deleted_in_use_is_made_anew(
     make: Make, base: Path, suffixes: tuple[str, ...]
@@ -854,6 +868,7 @@ def test_who_lives_is_alive_without_our_directory_too(make: Make, base: Path) ->
         path.unlink()
     (base / ".eventlog").rmdir()
     assert outbox.save("t", [owed("1", 1)])
+    assert [name for name in open_files(base) if "owner" in name] == owner_files(base)
     assert other.adopt("t", ["t"]) == []
 
 
@@ -1121,13 +1136,14 @@ def test_adopting_writes_the_log_back_too(
     make: Make, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """During an outage, when only new files are registered, the log does not grow for ever."""
-    monkeypatch.setattr(_outbox, "CHECKPOINT_TRANSACTIONS", 3)
+    monkeypatch.setattr(_outbox, "CHECKPOINT_TRANSACTIONS", 5)
     outbox = make()
-    for number in range(3):
-        outbox.register(str(number), "s", {"t": number})
+    outbox.register("1", "s", {"t": 1})
+    outbox.adopt("t", ["t"])
+    outbox.register("2", "s", {"t": 2})
     assert written_back(base, tmp_path) == {}
     outbox.adopt("t", ["t"])
-    assert written_back(base, tmp_path) == {"0": 0, "1": 1, "2": 2}
+    assert written_back(base, tmp_path) == {"1": 1, "2": 2}
 
 
 def test_nobody_who_saves_waits_for_the_disk(make: Make, base: Path, tmp_path: Path) -> None:
@@ -1341,6 +1357,7 @@ def test_a_child_of_a_stuck_transaction_does_without(
     """It neither hangs nor touches the database but says that it fails; the parent goes on."""
     monkeypatch.setattr(_outbox, "FORK_SECONDS", 0.01)
     outbox = make()
+    fork(lambda test: None).wait()
     outbox.save("t", [owed("1", 1)])
 
     def do_without(test: Child) -> None:
