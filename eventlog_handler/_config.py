@@ -46,7 +46,7 @@ def remember_given(init: F) -> F:
     return cast("F", remembering)
 
 
-def _boolean(name: str, value: Any) -> bool:
+def check_boolean(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     word = value.strip().lower() if isinstance(value, str) else value
@@ -107,7 +107,7 @@ def _callables(name: str, value: Any) -> tuple[Any, ...]:
     return found
 
 
-def _text(name: str, value: Any) -> str:
+def check_text(name: str, value: Any) -> str:
     if isinstance(value, str) and value:
         return value
     raise ValueError(f"{name}={value!r} must be a str that is not empty")
@@ -143,11 +143,16 @@ def _refuse_unwritable(name: str, base: Path) -> None:
         raise ValueError(f"{name}={str(base)!r} cannot be written: no permission in {there}")
 
 
-def _any(name: str, value: Any) -> Any:
+def _transports(name: str, value: Any) -> Any:
+    for url in value.split() if isinstance(value, str) else ():
+        if "://" not in url:
+            # Without the value: a URL's password may be in what was torn apart.
+            raise ValueError(f"{name} wants URLs, scheme://…, with spaces between them")
     return value
 
 
-def _option(default: Any, check: Callable[[str, Any], Any], variable: str | None = None) -> Any:
+def setting(default: Any, check: Callable[[str, Any], Any], variable: str | None = None) -> Any:
+    """Return an option's field: its default, its check, and the variable it may come from."""
     return field(default=default, metadata={"check": check, "variable": variable})
 
 
@@ -160,7 +165,7 @@ def _pattern(parse: Callable[[str, str], object]) -> Callable[[str, Any], str]:
 
 
 check_seconds = _number(float, 0, "a number of seconds")
-_check_some_seconds = _number(float, 0.001, "a number of seconds")
+check_some_seconds = _number(float, 0.001, "a number of seconds")
 _check_count = _number(int, 0, "a whole number")
 check_one_or_more = _number(int, 1, "a whole number")
 
@@ -169,46 +174,47 @@ def _some_bytes_or_none(name: str, value: Any) -> int | None:
     return None if value is None else check_one_or_more(name, value)
 
 
-@dataclass(frozen=True)
+# Without a repr: a transport's URL may hold a password.
+@dataclass(frozen=True, repr=False)
 class Settings:
     """A gateway's options, checked. The first block is the specification's, the rest is ours."""
 
-    log_base_dir: Path = _option("logs/sessions", _directory, "AGENT_LOG_DIR")
-    downstream_callback: Any = _option(None, _callable_or_none)
-    downstream_transport: Any = _option(None, _any)
-    include_system_prompt: bool = _option(True, _boolean, "AGENT_LOG_INCLUDE_PROMPT")
-    log_format: str = _option("jsonl", check_one_of(*SUFFIXES), "AGENT_LOG_FORMAT")
-    file_naming_pattern: str = _option(
+    log_base_dir: Path = setting("logs/sessions", _directory, "AGENT_LOG_DIR")
+    downstream_callback: Any = setting(None, _callable_or_none)
+    downstream_transport: Any = setting(None, _transports, "AGENT_LOG_TRANSPORT")
+    include_system_prompt: bool = setting(True, check_boolean, "AGENT_LOG_INCLUDE_PROMPT")
+    log_format: str = setting("jsonl", check_one_of(*SUFFIXES), "AGENT_LOG_FORMAT")
+    file_naming_pattern: str = setting(
         "%Y%m%d_%H%M%S", _pattern(check_file_pattern), "AGENT_LOG_FILE_PATTERN"
     )
-    error_handler: Any = _option(None, _callable_or_none)
-    max_retry_attempts: int = _option(3, _check_count, "AGENT_LOG_MAX_RETRIES")
-    retry_delay_seconds: float = _option(1.0, check_seconds, "AGENT_LOG_RETRY_DELAY")
-    enable_local_logging: bool = _option(True, _boolean, "AGENT_LOG_ENABLE_LOCAL")
-    session_directory_pattern: str = _option(
+    error_handler: Any = setting(None, _callable_or_none)
+    max_retry_attempts: int = setting(3, _check_count, "AGENT_LOG_MAX_RETRIES")
+    retry_delay_seconds: float = setting(1.0, check_seconds, "AGENT_LOG_RETRY_DELAY")
+    enable_local_logging: bool = setting(True, check_boolean, "AGENT_LOG_ENABLE_LOCAL")
+    session_directory_pattern: str = setting(
         "{session_id}", _pattern(parse_directory_pattern), "AGENT_LOG_SESSION_PATTERN"
     )
-    unknown_session_pattern: str = _option(
+    unknown_session_pattern: str = setting(
         "unknown_{uuid}", _pattern(parse_unknown_pattern), "AGENT_LOG_UNKNOWN_PATTERN"
     )
 
-    batch_bytes: int = _option(1_000_000, check_one_or_more)
-    batch_events: int = _option(500, check_one_or_more)
-    batch_seconds: float = _option(0.0, check_seconds)
-    breaker_failures: int = _option(5, check_one_or_more)
-    breaker_reset_seconds: float = _option(30.0, _check_some_seconds)
-    directory_mode: int = _option(0o700, _mode)
-    downstream_wait_seconds: float = _option(1.0, check_seconds)
-    file_mode: int = _option(0o600, _mode)
-    formatter: Any = _option(None, _formatter)
-    max_file_bytes: int | None = _option(None, _some_bytes_or_none)
-    max_open_files: int = _option(256, check_one_or_more)
-    max_pending_events: int = _option(10_000, check_one_or_more)
-    processors: tuple[Any, ...] = _option((), _callables)
-    retry_max_delay_seconds: float = _option(60.0, check_seconds)
-    send_timeout_seconds: float = _option(30.0, _check_some_seconds)
-    session_id_field: str = _option("session_id", _text)
-    shutdown_timeout_seconds: float = _option(5.0, check_seconds)
+    batch_bytes: int = setting(1_000_000, check_one_or_more)
+    batch_events: int = setting(500, check_one_or_more)
+    batch_seconds: float = setting(0.0, check_seconds)
+    breaker_failures: int = setting(5, check_one_or_more)
+    breaker_reset_seconds: float = setting(30.0, check_some_seconds)
+    directory_mode: int = setting(0o700, _mode)
+    downstream_wait_seconds: float = setting(1.0, check_seconds)
+    file_mode: int = setting(0o600, _mode)
+    formatter: Any = setting(None, _formatter)
+    max_file_bytes: int | None = setting(None, _some_bytes_or_none)
+    max_open_files: int = setting(256, check_one_or_more)
+    max_pending_events: int = setting(10_000, check_one_or_more)
+    processors: tuple[Any, ...] = setting((), _callables)
+    retry_max_delay_seconds: float = setting(60.0, check_seconds)
+    send_timeout_seconds: float = setting(30.0, check_some_seconds)
+    session_id_field: str = setting("session_id", check_text)
+    shutdown_timeout_seconds: float = setting(5.0, check_seconds)
 
     def paths(self, unknown_uuid: str) -> SessionPaths:
         """Return where the sessions live."""

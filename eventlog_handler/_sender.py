@@ -218,8 +218,7 @@ class Sender(Lane):
             self._note_failed(error_of_all, of_all=True)
         failed = self._settle(batch, outcomes)
         self._save()
-        for cursor, (event, error) in failed.items():
-            await self._deal_with(cursor, event, error)
+        await self._deal_with(failed)
 
     def _settle(self, batch: Batch, outcomes: Outcomes) -> Failed:
         """Move the cursors as far as all went well; return where it did not, and why."""
@@ -250,43 +249,52 @@ class Sender(Lane):
         return failed
 
     def _note_failed(self, error: Exception, of_all: bool) -> None:
-        """Count a failure, and pause where it is not one event's own.
-
-        Args:
-            error: What happened.
-            of_all: Whether any event would have failed.
-        """
+        """Count a failure, and pause where any event would have failed."""
         self._downstream.note_failed(error)
         pause = seconds_asked_for(error)
         if of_all and self._breaker.state == CLOSED:
             pause = max(pause, self._downstream.backoff(self._breaker.failures))
         self._pause_until = max(self._pause_until, time.monotonic() + pause)
 
-    async def _deal_with(self, cursor: Cursor, event: OutgoingEvent, error: Exception) -> None:
-        """Decide on an event that has failed: once more later, or parked."""
-        ambiguous = isinstance(error, AMBIGUOUS)
-        self._note_failed(error, of_all=ambiguous)
-        cursor.attempts += 1
-        cursor.refusals += not ambiguous
-        settings = self._downstream.settings
-        if (cursor.attempts if ambiguous else cursor.refusals) > settings.max_retry_attempts:
-            well = await self._downstream.healthy(self.transport.health_check)
-            if self.detached:
-                return
-            if not well:
-                self._breaker.trip(time.monotonic())
-                cursor.refusals = 0
-            elif not ambiguous:
-                # The far side is well and refuses this one: it must not hold back the rest.
-                failure = self._park(cursor, event, error)
-                if failure is None:
-                    self._breaker.succeeded()
-                    self.backlog.settle(cursor, 1)
-                    self._save()
+    async def _deal_with(self, failed: Failed) -> None:
+        """Decide on events that have failed: once more later, or parked."""
+        noted: set[int] = set()
+        well: bool | None = None
+        for cursor, (event, error) in failed.items():
+            ambiguous = isinstance(error, AMBIGUOUS)
+            if id(error) not in noted:
+                # A connection that broke under a hundred sessions is one failure.
+                noted.add(id(error))
+                self._note_failed(error, of_all=ambiguous)
+            if ambiguous:
+                # Perhaps it is an event that breaks it: one by one, so that others get past.
+                self._limit = 1
+            cursor.attempts += 1
+            cursor.refusals += not ambiguous
+            attempts = cursor.attempts if ambiguous else cursor.refusals
+            if attempts > self._downstream.settings.max_retry_attempts:
+                if well is None:
+                    well = await self._downstream.healthy(self.transport.health_check)
+                if self.detached:
                     return
-                self._downstream.tell(failure, f"{self.name}: parking")
-        pause = self._downstream.backoff(cursor.attempts)
-        self.backlog.postpone(cursor, time.monotonic() + pause)
+                if not well:
+                    self._breaker.trip(time.monotonic())
+                    cursor.refusals = 0
+                elif not ambiguous and self._give_up(cursor, event, error):
+                    continue
+            pause = self._downstream.backoff(cursor.attempts)
+            self.backlog.postpone(cursor, time.monotonic() + pause)
+
+    def _give_up(self, cursor: Cursor, event: OutgoingEvent, error: Exception) -> bool:
+        """Park what a far side that is well refuses: it must not hold back the rest."""
+        failure = self._park(cursor, event, error)
+        if failure is not None:
+            self._downstream.tell(failure, f"{self.name}: parking")
+            return False
+        self._breaker.succeeded()
+        self.backlog.settle(cursor, 1)
+        self._save()
+        return True
 
     def _park(self, cursor: Cursor, event: OutgoingEvent, error: Exception) -> Exception | None:
         """Keep an event that is refused; return why that could not be done."""

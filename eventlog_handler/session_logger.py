@@ -65,13 +65,14 @@ class EventSessionLogger:
     gets the live event, and where there is none or it fails, the transports get the line. A failure
     downstream never reaches the caller.
 
-    An option that is not given comes from its environment variable, else from its default. The
-    options after `unknown_session_pattern` are keywords. Each can be read as an attribute.
+    An option that is not given comes from its environment variable, else from its default. Each can
+    be read as an attribute.
 
     Args:
         log_base_dir: Base directory (`AGENT_LOG_DIR`, else `logs/sessions`).
         downstream_callback: Awaited with each event as it was given, in the caller's event loop.
-        downstream_transport: A transport, a class of one, or a list; on a thread of its own.
+        downstream_transport: A transport, its URL, a class of one, or a list; each on a thread of
+            its own (`AGENT_LOG_TRANSPORT`: URLs, separated by spaces).
         include_system_prompt: False keeps events of type `system_prompt`, and fields of that name,
             out of files and transports (`AGENT_LOG_INCLUDE_PROMPT`).
         log_format: `jsonl`; `json`, a valid array at all times; `custom` (`AGENT_LOG_FORMAT`).
@@ -100,6 +101,7 @@ class EventSessionLogger:
             budget of closing.
 
     Raises:
+        ImportError: A URL's driver is not installed; names the command that does that.
         TypeError: An unknown option, naming the nearest one; or a value of a wrong kind.
         ValueError: A value that cannot be, naming option (or variable) and value.
     """
@@ -164,9 +166,8 @@ class EventSessionLogger:
             self._files.written, self._files.bytes = replaced.written, replaced.bytes
         if changed("downstream_callback"):
             function = settings.downstream_callback
-            self._callback = None
-            if function is not None:
-                self._callback = Callback(function, settings, self._report)
+            called = None if function is None else Callback(function, settings, self._report)
+            self._callback = called
             self._delivery.use_callback(self._callback)
         elif self._callback is not None:
             self._callback.settings = settings
@@ -292,12 +293,8 @@ class EventSessionLogger:
         return taken
 
     def configure_from_env(self) -> None:
-        """Read the environment again; what the constructor was given stays.
-
-        Raises:
-            ValueError: A variable has a value that cannot be; nothing is changed.
-        """
-        self._apply(resolve(self._given), self._settings)
+        """Read the environment again; what the constructor was given stays. Raises as that does."""
+        self._update()
 
     def update_downstream_callback(self, callback: DownstreamCallback | None) -> None:
         """Call `callback` from the next event on; None calls none.
@@ -308,22 +305,26 @@ class EventSessionLogger:
         self._update(downstream_callback=callback)
 
     def update_downstream_transport(self, transport: Any) -> None:
-        """Send to `transport` (or a list) from the next event on; None sends nowhere.
+        """Send to `transport` (or a URL, or a list) from the next event on; None sends nowhere.
 
         The old one gets what was written for it while it is well, and is closed; one of the same
         name goes on where it stopped.
 
         Raises:
-            TypeError: It is no transport; nothing is changed.
+            ImportError, TypeError, ValueError: As the constructor; nothing is changed.
         """
-        transports = named_transports(transport)
         self._update(downstream_transport=transport)
-        self._delivery.use_transports(transports)
 
     def _update(self, **options: Any) -> None:
         given = {**self._given, **options}
-        self._apply(resolve(given), self._settings)
+        settings = resolve(given)
+        option = settings.downstream_transport
+        new = "downstream_transport" in options or option != self.downstream_transport
+        transports = named_transports(option) if new else {}
+        self._apply(settings, self._settings)
         self._given = given
+        if new:
+            self._delivery.use_transports(transports)
 
     async def flush(
         self, session_id: str | None = None, until: str = "file", timeout: float | None = None

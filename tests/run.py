@@ -13,17 +13,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-TOOLS = {"strace": "strace", "mkfs.ext4": "e2fsprogs", "mount": "mount"}
-"""What the reliability tests need beside Python, and the Debian packages that have it."""
+TOOLS = {
+    "mkfs.ext4": "e2fsprogs",
+    "mount": "mount",
+    "rabbitmq-server": "rabbitmq-server",
+    "redis-server": "redis-server",
+    "strace": "strace",
+}
+"""What tests need beside Python, and the Debian packages that have it."""
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def install_tools() -> None:
     """Install missing tools where that can be done; elsewhere the tests skip, with their reason."""
-    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    missing = [package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH) is None]
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         print("+ apt-get install", *missing, flush=True)
+        # RUNLEVEL: packages of servers start none; the tests start their own.
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        install = ["apt-get", "install", "-qq", "--yes", "--no-install-recommends"]
         subprocess.run(["apt-get", "update", "-qq"])
-        subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *missing])
+        subprocess.run([*install, *missing], env=environment)
 
 
 def main(arguments: list[str]) -> int:

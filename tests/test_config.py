@@ -78,6 +78,7 @@ VARIABLES = [
     ("AGENT_LOG_FILE_PATTERN", "file_naming_pattern", "%Y", "%Y"),
     ("AGENT_LOG_ENABLE_LOCAL", "enable_local_logging", "false", False),
     ("AGENT_LOG_SESSION_PATTERN", "session_directory_pattern", "s-{session_id}", "s-{session_id}"),
+    ("AGENT_LOG_TRANSPORT", "downstream_transport", "redis://localhost", "redis://localhost"),
     ("AGENT_LOG_UNKNOWN_PATTERN", "unknown_session_pattern", "none", "none"),
 ]
 
@@ -503,7 +504,36 @@ async def test_with_transport_sends_to_the_transport(base: Path) -> None:
     assert transport.events == events_of(base) == [{"session_id": "s"}]
 
 
-@pytest.mark.parametrize("given", [7, "nonsense", [7]])
+def test_a_transport_that_is_no_url_is_not_shown(base: Path) -> None:
+    """A text that is no URL is refused, without showing what may be half a password."""
+    with pytest.raises(ValueError, match=r"^AGENT_LOG_TRANSPORT wants URLs") as caught:
+        resolve({}, {"AGENT_LOG_TRANSPORT": "redis://:pass word@localhost"})
+    assert "word" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^downstream_transport wants URLs"):
+        create_with_transport("nonsense", base)  # type: ignore[arg-type]
+
+
+def test_settings_do_not_show_a_password() -> None:
+    """Options may hold a URL with a password, so their repr has none of them."""
+    assert "s3cret" not in repr(resolve({"downstream_transport": "redis://:s3cret@h"}, {}))
+
+
+@pytest.mark.anyio
+async def test_a_variable_may_name_the_transport_later(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`configure_from_env` goes by a transport's URL, and by its absence."""
+    async with EventSessionLogger(base) as gateway:
+        monkeypatch.setenv("AGENT_LOG_TRANSPORT", "redis://localhost/3 redis://localhost/4")
+        gateway.configure_from_env()
+        shown = "redis://localhost:6379/{}?stream=eventlog"
+        assert set(gateway.stats().transports) == {shown.format(3), shown.format(4)}
+        monkeypatch.delenv("AGENT_LOG_TRANSPORT")
+        gateway.configure_from_env()
+        assert gateway.stats().transports == {}
+
+
+@pytest.mark.parametrize("given", [7, [7]])
 def test_with_transport_needs_a_transport(given: Any, base: Path) -> None:
     """What is no transport is a TypeError when the gateway is made."""
     with pytest.raises(TypeError, match="transport"):

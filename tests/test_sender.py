@@ -1146,9 +1146,31 @@ async def test_a_line_that_is_no_json_says_nothing_of_the_far_side(begin: Begin)
     """In an outage damaged lines do not keep the breaker from opening."""
     leave(begin(Single()), a=b"bad #", b=b"bad #", c=b"bad #", d=b"bad #")
     process = begin(Together(*[CONNECTION] * 8), batch_events=2, breaker_failures=2)
-    for _ in range(4):
+    for _ in range(8):
         process.clock.now += await process.lane().step()
     assert process.lane().stats().breaker == "open"
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_breaks_under_many_sessions_is_one_failure(begin: Begin) -> None:
+    """One error that befell several events is told and counted once, and asks for health once."""
+    process = begin(there := Together(*[[None, *[CONNECTION] * 4]] * 2), max_retry_attempts=0)
+    for n, session in enumerate("abcde"):
+        process.write(session, n)
+    await process.lane().step()
+    stats = process.lane().stats()
+    assert (stats.sent, stats.failed, stats.breaker) == (1, 1, "closed")
+    assert there.checks == 1
+
+
+@pytest.mark.anyio
+async def test_after_a_broken_connection_events_go_one_by_one(begin: Begin) -> None:
+    """If it is one of them that breaks it, the others get past."""
+    process = begin(there := Together([None, *[CONNECTION] * 3]), breaker_failures=9)
+    for n, session in enumerate("abcd"):
+        process.write(session, n)
+    await process.run_dry()
+    assert [len(batch) for batch in there.batches[:3]] == [4, 1, 2]
 
 
 # The breaker.

@@ -244,13 +244,13 @@ def test_two_of_one_name_are_refused(name: Any) -> None:
     ("wrong", "message"),
     [
         (
-            "redis",
-            "has a str, which is no transport: it lacks send, close, health_check, is_connected;",
+            5,
+            "has a int, which is no transport: it lacks send, close, health_check, is_connected;",
         ),
         (object, "has a object, which is no transport"),
         ([NullTransport(), 5], "has a int, which is no transport"),
     ],
-    ids=["text", "class", "in-a-list"],
+    ids=["number", "class", "in-a-list"],
 )
 def test_what_is_no_transport_is_refused(wrong: Any, message: str) -> None:
     """The error says what was given, what it lacks and what to write."""

@@ -1,12 +1,23 @@
-"""Transports: the contract, the built-in ones, and how an option becomes instances."""
+"""Transports: the contract, the built-in ones, and how an option becomes instances.
+
+A URL's scheme names the class. Each broker has one file, whose driver is imported only where such a
+URL is configured; other packages register theirs as entry points of the group
+`eventlog_handler.transports`: the scheme, and a callable that takes the URL.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 from eventlog_handler.transports.base import TransportInterface
 
+SCHEMES = {"redis": "redis:RedisTransport", "rediss": "redis:RedisTransport"}
+"""Module below this package and class, as text: nothing is imported that is not asked for."""
+GROUP = "eventlog_handler.transports"
 _NEEDED = ("send", "close", "health_check", "is_connected")
 
 
@@ -14,16 +25,18 @@ def named_transports(option: Any) -> dict[str, TransportInterface]:
     """Return the transports of `downstream_transport`, by name.
 
     Args:
-        option: None, a transport, a class or function that makes one without arguments (as
-            `ext://` gives in a `dictConfig`), or a list of these.
+        option: None, a transport, a URL, a class or function that makes one without arguments (as
+            `ext://` gives in a `dictConfig`), or a list of these. A text may hold several URLs,
+            with spaces between them.
 
     Raises:
+        ImportError: A driver is not installed; says what to type.
         TypeError: Something that is no transport.
-        ValueError: Two transports of one name: their figures could not be told apart.
+        ValueError: A URL that cannot be, or two transports of one name: their figures could not be
+            told apart.
     """
-    items = [] if option is None else option if isinstance(option, (list, tuple)) else [option]
     named: dict[str, TransportInterface] = {}
-    for item in items:
+    for item in _items(option):
         transport = _instance(item)
         name = str(getattr(transport, "name", None) or type(transport).__qualname__)
         if name in named:
@@ -34,8 +47,19 @@ def named_transports(option: Any) -> dict[str, TransportInterface]:
     return named
 
 
+def _items(option: Any) -> list[Any]:
+    if isinstance(option, (list, tuple)):
+        # By index: only so `logging.config` replaces the `ext://` of a list's items.
+        return [each for index in range(len(option)) for each in _items(option[index])]
+    if isinstance(option, str):
+        return list(option.split())
+    return [] if option is None else [option]
+
+
 def _instance(item: Any) -> TransportInterface:
-    if isinstance(item, type) or (callable(item) and not hasattr(item, "send")):
+    if isinstance(item, str):
+        item = _from_url(item)
+    elif isinstance(item, type) or (callable(item) and not hasattr(item, "send")):
         make: Callable[[], Any] = item
         item = make()
     missing = [name for name in _NEEDED if not hasattr(item, name)]
@@ -46,3 +70,18 @@ def _instance(item: Any) -> TransportInterface:
         )
     transport: TransportInterface = item
     return transport
+
+
+def _from_url(url: str) -> Any:
+    scheme = url.partition("://")[0].lower()
+    for found in entry_points(group=GROUP, name=scheme):
+        return found.load()(url)
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(scheme, SCHEMES, n=1)
+        hint = f"did you mean {near[0]}://?" if near else f"there are {', '.join(SCHEMES)}"
+        raise ValueError(
+            f"downstream_transport has the scheme {scheme[:40]!r}, which no installed package "
+            f"offers: {hint}"
+        )
+    module, _, name = SCHEMES[scheme].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)(url)
