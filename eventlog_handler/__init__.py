@@ -34,7 +34,9 @@ Where to look, from the top; a module imports only from below it:
 - `_paths.py`: ids and patterns → names. `_config.py`: every option. `redact.py`: processors.
 - `_context.py`, `_breaker.py`, `_lifecycle.py`, `_report.py`: session_context · breaker · exit and
   fork · how failures are told.
-- `transports/`, `events.py`, `exceptions.py`, `typing.py`, `metrics.py`, `testing.py`.
+- `transports/`: `__init__.py` makes them of URLs, `base.py` is their contract, `_remote.py` what
+  those to servers share; a file for each broker.
+- `events.py`, `exceptions.py`, `typing.py`, `metrics.py`, `testing.py`.
 """
 
 from eventlog_handler._context import session_context

@@ -14,6 +14,7 @@ from eventlog_handler._breaker import CLOSED, HALF_OPEN, Breaker
 from eventlog_handler._config import Settings
 from eventlog_handler._report import Report
 from eventlog_handler.exceptions import TransportError, TransportTimeoutError
+from eventlog_handler.transports.base import TransportInterface
 from eventlog_handler.typing import TransportStats
 
 
@@ -104,16 +105,20 @@ class Downstream:
         seconds = self.settings.send_timeout_seconds
         probing = self.breaker.state == HALF_OPEN
         self.busy_since = time.monotonic()
+        late = TransportTimeoutError(f"no answer within {seconds} seconds")
+        scope: anyio.CancelScope | None = None
         try:
-            with anyio.move_on_after(seconds):
+            with anyio.move_on_after(seconds) as scope:
                 return await call(*args), None
-            return None, TransportTimeoutError(f"no answer within {seconds} seconds")
+            return None, late
         except (anyio.get_cancelled_exc_class(), GeneratorExit) as error:
             if self._ours() or isinstance(error, GeneratorExit):
                 if probing:
                     self.breaker.interrupted()
                 raise
-            return None, TransportError("cancelled from inside")
+            # A driver may raise one of its own for the one that went in.
+            ours = scope is not None and scope.cancel_called
+            return None, late if ours else TransportError("cancelled from inside")
         except BaseException as error:
             # A driver's SystemExit or KeyboardInterrupt is its failure, not our end.
             return None, as_exception(error)
@@ -148,9 +153,11 @@ class Downstream:
         self._last_error = f"{type(error).__name__}: {error}"[:200]
         self._report.tell(error, context)
 
-    async def healthy(self, check: Callable[[], Awaitable[bool]]) -> bool:
+    async def healthy(self, transport: TransportInterface) -> bool:
         """Ask, within the time of an attempt; an error is a no."""
-        answer, error = await self.attempt(check)
+        answer, error = await self.attempt(transport.health_check)
+        if not answer:
+            error = error or getattr(transport, "unwell", None)
         if error is not None:
             self.tell(error, f"{self.name}: health_check")
         return bool(answer)

@@ -156,7 +156,7 @@ class Sender(Lane):
 
     async def _recovered(self) -> bool:
         """Ask whether an outage is over."""
-        well = await self._downstream.healthy(self.transport.health_check)
+        well = await self._downstream.healthy(self.transport)
         if self.detached:
             return False
         if not well:
@@ -274,7 +274,7 @@ class Sender(Lane):
             attempts = cursor.attempts if ambiguous else cursor.refusals
             if attempts > self._downstream.settings.max_retry_attempts:
                 if well is None:
-                    well = await self._downstream.healthy(self.transport.health_check)
+                    well = await self._downstream.healthy(self.transport)
                 if self.detached:
                     return
                 if not well:

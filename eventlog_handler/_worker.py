@@ -12,7 +12,8 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import anyio
 
@@ -25,6 +26,26 @@ CLOSE_SECONDS = 0.25
 """What a transport's `close` gets where the shutdown's budget is used up."""
 RESTART_SECONDS = 1.0
 """Until a loop that has broken down is begun anew."""
+
+
+class _Executor(ThreadPoolExecutor):
+    """Runs what drivers do in threads: names that are looked up, certificates that are read.
+
+    Once the interpreter ends it starts no thread and takes no work. Then the work is done at once:
+    it holds up the loop, which is the lane's own.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have a function called; return its result to be."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError:
+            future: Future[Any] = Future()
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except Exception as error:
+                future.set_exception(error)
+            return future
 
 
 class Worker:
@@ -48,6 +69,7 @@ class Worker:
         self._context = contextvars.copy_context()
         self._deadline = float("inf")
         self._over = threading.Event()
+        self._ended = False
 
     def start(self) -> None:
         """Start the thread, unless it runs or is over."""
@@ -112,8 +134,10 @@ class Worker:
             try:
                 anyio.run(self._main)
             except BaseException as error:
-                # A driver's SystemExit ends a loop; it must not end the delivery.
-                self._report.tell(as_exception(error), "delivery thread")
+                # A driver's SystemExit ends a loop; it must not end the delivery. Past our own end
+                # it is the loop's: 3.12 can start no thread any more to end the executor's.
+                if not self._ended:
+                    self._report.tell(as_exception(error), "delivery thread")
             self._loop = None
             if self.lane.ending:
                 break
@@ -124,7 +148,7 @@ class Worker:
     async def _main(self) -> None:
         self._stopping = anyio.Event()
         self._loop = loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(initializer=delivering.set, initargs=(True,)))
+        loop.set_default_executor(_Executor(initializer=delivering.set, initargs=(True,)))
         ended = anyio.Event()
         async with anyio.create_task_group() as group:
             group.start_soon(self._run_lane, ended)
@@ -134,6 +158,7 @@ class Worker:
                 await ended.wait()
             self.lane.cancelled = True
             group.cancel_scope.cancel()
+        self._ended = True
 
     async def _run_lane(self, ended: anyio.Event) -> None:
         try:

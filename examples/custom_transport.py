@@ -1,8 +1,19 @@
-"""A transport of your own: here a TCP connection that takes one line an event."""
+"""A transport of your own, with a URL of its own: here a TCP connection, one line an event.
+
+In the package that has it, setup.cfg (or its like in pyproject.toml) offers the scheme:
+
+    [options.entry_points]
+    eventlog_handler.transports =
+        lines = custom_transport:LineTransport
+
+Once that is installed, `downstream_transport: lines://host:9000` is all that a `dictConfig`, or
+`AGENT_LOG_TRANSPORT=lines://host:9000` all that the environment has to say.
+"""
 
 import asyncio
 import json
 from typing import Any
+from urllib.parse import urlsplit
 
 from eventlog_handler import (
     TransportConnectionError,
@@ -12,10 +23,15 @@ from eventlog_handler import (
 
 
 class LineTransport(TransportInterface):
-    """Sends each line to a TCP server and waits for its `ok`."""
+    """Sends each line to a TCP server and waits for its `ok`: `lines://host:port`."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._address = host, port
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.hostname is None or parts.port is None:
+            raise ValueError("write lines://host:port")
+        self._address = parts.hostname, parts.port
+        # Offsets are kept under it, and it is shown: so it holds no password.
+        self.name = f"lines://{parts.hostname}:{parts.port}"
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -69,11 +85,13 @@ async def main() -> None:
     """Send three events to a server in this process."""
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with create_with_transport(LineTransport("127.0.0.1", port)) as gateway:
+    transport = LineTransport(f"lines://127.0.0.1:{port}")
+    async with create_with_transport(transport) as gateway:
         for number in range(3):
             await gateway({"type": "step", "session_id": "chat-42", "number": number})
-    print(gateway.stats().transports["LineTransport"].sent, "events sent")
+    print(gateway.stats().transports[transport.name].sent, "events sent")
     server.close()
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())

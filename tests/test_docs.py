@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from eventlog_handler._config import Settings
 from eventlog_handler._feed import HANDOFF_OPTIONS
+from eventlog_handler.transports import SCHEMES
+from eventlog_handler.transports._remote import RemoteOptions
 from tests.conftest import events_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +100,32 @@ def test_the_table_of_options_is_complete_and_right() -> None:
 def test_the_options_of_the_hand_off_are_named(name: str, default: object) -> None:
     """Each option of handler and processor is named with its default."""
     assert re.search(rf"`{name}`\s\(`{default}`", README)
+
+
+TRANSPORTS = (ROOT / "docs" / "transports.md").read_text()
+SECTIONS = {
+    "amqp": "RabbitMQ",
+    "http": "HTTP",
+    "kafka": "Kafka",
+    "nats": "NATS",
+    "otlp": "OTLP",
+    "redis": "Redis",
+    "servicebus": "Azure Service Bus",
+    "sqs": "Amazon SQS",
+}
+
+
+@pytest.mark.parametrize("module", sorted({each.partition(":")[0] for each in SCHEMES.values()}))
+def test_each_option_of_a_transport_is_documented(module: str) -> None:
+    """The options that all have are in the first table, the others in their transport's section."""
+    name = next(each for each in SCHEMES.values() if each.startswith(f"{module}:")).partition(":")[
+        2
+    ]
+    options = getattr(import_module(f"eventlog_handler.transports.{module}"), name).options_type
+    parts = re.split(r"^## ", TRANSPORTS, flags=re.MULTILINE)
+    common = {option.name for option in fields(RemoteOptions)}
+    section = next(part for part in parts if part.startswith(SECTIONS[module]))
+    assert [o for o in common if f"`{o}`" not in parts[0]] == []
+    own = {option.name for option in fields(options)} - common
+    assert [option for option in own if f"`{option}`" not in section] == []
+    assert f"extra `{module}`" in section

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -256,7 +257,7 @@ async def test_a_closed_coroutine_is_left_to_close(
     with pytest.raises(GeneratorExit):
         await downstream.attempt(raising(GeneratorExit()))
     with pytest.raises(GeneratorExit):
-        await downstream.healthy(raising(GeneratorExit()))
+        await downstream.healthy(asked(raising(GeneratorExit())))
     assert heard == []
 
 
@@ -321,6 +322,24 @@ def test_the_last_error_is_cut_short(make_downstream: Callable[..., Downstream])
     assert last == ("ValueError: " + "x" * 1000)[:200]
 
 
+def asked(check: Callable[..., Any], **more: Any) -> Any:
+    """Return a transport of which only its health is of interest."""
+    return SimpleNamespace(health_check=check, **more)
+
+
+@pytest.mark.anyio
+async def test_why_a_transport_is_not_well_is_told(
+    make_downstream: Callable[..., Downstream], heard: Heard
+) -> None:
+    """The reason that a transport keeps for its no is told; that of an earlier no is not."""
+    downstream, reason = make_downstream(), TransportError("no such queue")
+    assert await downstream.healthy(asked(returning(True), unwell=reason)) is True
+    assert heard == []
+    assert await downstream.healthy(asked(returning(False), unwell=reason)) is False
+    assert heard == [(reason, "there: health_check")]
+    assert "no such queue" in str(downstream.stats(0, "", 0, True).last_error)
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("answer", "well"), [(True, True), (1, True), (False, False), (None, False)]
@@ -329,7 +348,7 @@ async def test_a_health_check_says_yes_or_no(
     make_downstream: Callable[..., Downstream], heard: Heard, answer: Any, well: bool
 ) -> None:
     """What a health check returns counts as a bool, and is no error."""
-    assert await make_downstream().healthy(returning(answer)) is well
+    assert await make_downstream().healthy(asked(returning(answer))) is well
     assert heard == []
 
 
@@ -342,7 +361,7 @@ async def test_a_health_check_that_raises_says_no(
 ) -> None:
     """Whatever a health check raises is a no, and is told; it is no failed attempt."""
     downstream = make_downstream()
-    assert await downstream.healthy(raising(error)) is False
+    assert await downstream.healthy(asked(raising(error))) is False
     assert [context for _, context in heard] == ["there: health_check"]
     assert downstream.failed == 0
     assert downstream.stats(0, "", 0, True).last_error is not None
@@ -355,7 +374,7 @@ async def test_a_health_check_that_hangs_says_no(
     """A health check has the time of one attempt."""
     downstream = make_downstream(send_timeout_seconds=0.01)
     with anyio.fail_after(30):
-        assert await downstream.healthy(anyio.sleep_forever) is False
+        assert await downstream.healthy(asked(anyio.sleep_forever)) is False
     assert [type(error) for error, _ in heard] == [TransportTimeoutError]
 
 

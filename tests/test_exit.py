@@ -201,3 +201,43 @@ def test_multiprocessing_children_lose_nothing(base: Path, tmp_path: Path, metho
     )
     assert done.returncode == 0, done.stderr
     assert sorted(messages(base)) == sorted(ALL[:10] * 3)
+
+
+LOOKS_UP = """
+import asyncio, socket
+class Transport:
+    name, is_connected, taken = "there", True, []
+    async def send(self, event, metadata=None):
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(socket.gaierror):
+            await loop.getaddrinfo("host.invalid", 80)
+        await loop.getaddrinfo("localhost", 80)
+        self.taken.append(metadata["id"])
+        return True
+    async def close(self):
+        print(len(self.taken))
+    async def health_check(self):
+        return True
+"""
+
+
+def test_a_transport_may_look_up_names_at_exit(base: Path) -> None:
+    """Drivers do that in threads, which the interpreter starts no more; it is done all the same."""
+    code = f"""
+import contextlib, logging
+{LOOKS_UP}
+from eventlog_handler import EventLogHandler
+told = lambda error, context: print(context, error)
+logging.basicConfig(level="INFO", handlers=[EventLogHandler(
+    log_base_dir={str(base)!r}, downstream_transport=Transport(), error_handler=told)])
+for number in range(3):
+    logging.info("%d", number, extra={{"session_id": "s1"}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")

@@ -15,7 +15,19 @@ from typing import Any
 
 from eventlog_handler.transports.base import TransportInterface
 
-SCHEMES = {"redis": "redis:RedisTransport", "rediss": "redis:RedisTransport"}
+SCHEMES = {
+    "amqp": "amqp:AmqpTransport",
+    "amqps": "amqp:AmqpTransport",
+    "http": "http:HttpTransport",
+    "https": "http:HttpTransport",
+    "kafka": "kafka:KafkaTransport",
+    "nats": "nats:NatsTransport",
+    "otlp": "otlp:OtlpTransport",
+    "redis": "redis:RedisTransport",
+    "rediss": "redis:RedisTransport",
+    "servicebus": "servicebus:ServiceBusTransport",
+    "sqs": "sqs:SqsTransport",
+}
 """Module below this package and class, as text: nothing is imported that is not asked for."""
 GROUP = "eventlog_handler.transports"
 _NEEDED = ("send", "close", "health_check", "is_connected")
@@ -74,14 +86,18 @@ def _instance(item: Any) -> TransportInterface:
 
 def _from_url(url: str) -> Any:
     scheme = url.partition("://")[0].lower()
-    for found in entry_points(group=GROUP, name=scheme):
-        return found.load()(url)
-    if scheme not in SCHEMES:
-        near = difflib.get_close_matches(scheme, SCHEMES, n=1)
-        hint = f"did you mean {near[0]}://?" if near else f"there are {', '.join(SCHEMES)}"
-        raise ValueError(
-            f"downstream_transport has the scheme {scheme[:40]!r}, which no installed package "
-            f"offers: {hint}"
-        )
-    module, _, name = SCHEMES[scheme].partition(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)(url)
+    if scheme in SCHEMES:
+        module, _, name = SCHEMES[scheme].partition(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(url)
+    found = list(entry_points(group=GROUP, name=scheme))
+    if len(found) == 1:
+        return found[0].load()(url)
+    if found:
+        values = sorted(each.value for each in found)
+        raise ValueError(f"{scheme}:// is offered by {', '.join(values)}: uninstall all but one")
+    near = difflib.get_close_matches(scheme, SCHEMES, n=1)
+    hint = f"did you mean {near[0]}://?" if near else f"there are {', '.join(SCHEMES)}"
+    raise ValueError(
+        f"downstream_transport has the scheme {scheme[:40]!r}, which no installed package offers: "
+        f"{hint}"
+    )

@@ -144,9 +144,12 @@ class RemoteTransport(TransportInterface):
     def __init__(self, url: str, **options: Any) -> None:
         self.address = parse_url(url, self.ports)
         self.options = self._checked(options)
-        to = "&".join(f"{each}={getattr(self.options, each)}" for each in self.destination)
+        parts = ((each, getattr(self.options, each)) for each in self.destination)
+        to = "&".join(f"{option}={value}" for option, value in parts if value is not None)
         self.name = self.options.name or self.address.shown + (f"?{to}" if to else "")
         self.tls = self._tls()
+        self.unwell: Exception | None = None
+        """Why `health_check` was last False."""
         self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
@@ -188,7 +191,7 @@ class RemoteTransport(TransportInterface):
 
     async def send_batch(self, batch: list[OutgoingEvent]) -> list[Exception | None]:
         """Send events in one go; return None, or why not, for each."""
-        outcomes = [self._too_long(event) for event in batch]
+        outcomes = [self._refused(event) for event in batch]
         fitting = [event for event, outcome in zip(batch, outcomes, strict=True) if outcome is None]
         if not fitting:
             return outcomes
@@ -209,7 +212,8 @@ class RemoteTransport(TransportInterface):
         """Return whether the destination would take an event now."""
         try:
             await self._guarded(self._ask, self.options.connect_timeout_seconds)
-        except Exception:
+        except Exception as error:
+            self.unwell = error
             return False
         return True
 
@@ -229,6 +233,45 @@ class RemoteTransport(TransportInterface):
     def __repr__(self) -> str:
         """Return class and name, which hold no secret."""
         return f"<{type(self).__name__} {self.name}>"
+
+    # For brokers' files.
+
+    async def _in_pieces(
+        self,
+        batch: Sequence[OutgoingEvent],
+        most_events: int,
+        most_bytes: int,
+        send: Callable[[Sequence[OutgoingEvent]], Awaitable[Outcomes]],
+        extra_bytes: int = 0,
+    ) -> Outcomes:
+        """Send a batch in requests as large as a broker takes; after a failed one none follows.
+
+        Args:
+            batch: All of it.
+            most_events: In one request.
+            most_bytes: In one request; a single event may have more.
+            send: Sends one request.
+            extra_bytes: What an event takes beside its line.
+        """
+        outcomes: list[BaseException | None] = []
+        while len(outcomes) < len(batch):
+            begin = end = len(outcomes)
+            size = 0
+            while end < len(batch) and end - begin < most_events:
+                size += len(batch[end].line) + extra_bytes
+                if end > begin and size > most_bytes:
+                    break
+                end += 1
+            try:
+                outcomes += await send(batch[begin:end])
+            except Exception as error:
+                failure = self._translated(error)
+                if len(batch) > 1 and not isinstance(failure, LOST):
+                    # Whose fault it is, is not known: no event's, until they go one by one.
+                    failure = TransportConnectionError(str(failure))
+                    failure.__cause__ = error
+                outcomes += [failure] * (len(batch) - begin)
+        return outcomes
 
     # Options.
 
@@ -265,7 +308,7 @@ class RemoteTransport(TransportInterface):
             raise ValueError(f"{self.name}: TLS with the files {files}: {error}") from None
         return context
 
-    def _too_long(self, event: OutgoingEvent) -> Exception | None:
+    def _refused(self, event: OutgoingEvent) -> Exception | None:
         size, most = len(event.line), self.options.max_event_bytes
         if size <= most:
             return None
@@ -355,39 +398,13 @@ class RemoteTransport(TransportInterface):
         return text
 
 
-async def in_pieces(
-    batch: Sequence[OutgoingEvent],
-    most_events: int,
-    most_bytes: int,
-    send: Callable[[Sequence[OutgoingEvent]], Awaitable[Outcomes]],
-    extra_bytes: int = 0,
-) -> Outcomes:
-    """Send a batch in requests of the size that a broker takes; after a failed one none follows.
-
-    Args:
-        batch: All of it.
-        most_events: In one request.
-        most_bytes: In one request.
-        send: Sends one; what it raises befalls all events that are left.
-        extra_bytes: What an event takes beside its line.
-    """
-    outcomes: list[BaseException | None] = []
-    while len(outcomes) < len(batch):
-        begin = end = len(outcomes)
-        size = 0
-        while end < len(batch) and end - begin < most_events:
-            size += len(batch[end].line) + extra_bytes
-            if end > begin and size > most_bytes:
-                break
-            end += 1
-        try:
-            outcomes += await send(batch[begin:end])
-        except Exception as error:
-            outcomes += [error] * (len(batch) - begin)
-    return outcomes
-
-
 async def _in_time(seconds: float, call: Callable[..., Awaitable[T]], *args: Any) -> T:
-    with anyio.move_on_after(seconds):
-        return await call(*args)
+    with anyio.move_on_after(seconds) as scope:
+        try:
+            return await call(*args)
+        except asyncio.CancelledError:
+            # Some drivers raise one of their own instead of the one that went in; before 3.11
+            # anyio would not know it for its own.
+            if not scope.cancel_called:
+                raise
     raise TransportTimeoutError(f"no answer within {seconds} seconds")

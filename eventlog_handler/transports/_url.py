@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
 import urllib.parse
@@ -141,7 +142,21 @@ def escape_token(text: str) -> str:
 
 
 def header_text(text: str) -> str:
-    """Return a text as a header's value: printable ASCII; all else, `%` and outer spaces encoded."""
+    """Return a text as a header's value: printable ASCII; `%`, outer spaces, all else encoded."""
     kept = " !\"#$&'()*+,/:;<=>?@[\\]^`{|}"
     value = urllib.parse.quote(text, safe=kept, errors="surrogatepass")
     return re.sub("^ +| +$", lambda spaces: "%20" * len(spaces[0]), value)
+
+
+def within(most: int, text: str) -> str:
+    """Return a text (ASCII) that is no longer than a far side takes; no two become the same.
+
+    Args:
+        most: Characters. A shorter text stays; of a longer one it has exactly so many: its
+            beginning, `~`, and the SHA-256 of the whole.
+        text: What may come from outside, and have any length.
+    """
+    if len(text) < most:
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text[: most - 1 - len(digest)]}~{digest}"

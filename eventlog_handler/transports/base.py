@@ -20,6 +20,7 @@ class TransportInterface(ABC):
     - `async send_batch(batch)`: gets a list of `OutgoingEvent`s, in order within each session, and
       is called instead of `send`. Returns True if all are acknowledged, or a list with None or an
       exception for each. What it raises is held against no event, and they are sent one by one.
+    - `unwell`: an exception that says why `health_check` was last False; it is told then.
     - `loggers`: names of the driver's loggers, whose records never become events. What is logged
       on the transport's own thread never does anyway.
     """

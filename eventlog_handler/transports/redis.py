@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eventlog_handler._config import check_text, setting
+from eventlog_handler._config import check_one_or_more, check_text, setting
 from eventlog_handler.exceptions import TransportConnectionError, TransportTimeoutError
 from eventlog_handler.transports._remote import (
     Meanings,
@@ -33,10 +33,12 @@ class RedisOptions(RemoteOptions):
     Args:
         stream: The stream's key; `{session_id}` and `{type}` may stand in it.
         maxlen: About how many entries a stream keeps (`XADD … MAXLEN ~`); None keeps all.
+        max_event_bytes: Redis itself takes 512 MB.
     """
 
     stream: str = setting("eventlog", check_text)
     maxlen: int | None = setting(None, count_or_none)
+    max_event_bytes: int = setting(100_000_000, check_one_or_more)
 
 
 class RedisTransport(RemoteTransport):

@@ -37,8 +37,6 @@ class Proxy:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.close()
-        self.reset()
         self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -71,10 +69,15 @@ class Proxy:
                 writer.transport.abort()
 
     async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        self._server.close()
+        # Connections that are broken off end by themselves, and one that has just been accepted is
+        # broken off next time; to cancel their tasks is logged.
+        for _ in range(100):
+            await self._reset()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            if not others:
+                break
+            await asyncio.wait(others, timeout=0.05)
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)

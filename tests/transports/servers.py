@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -55,9 +54,9 @@ def installed(tool: str) -> str | None:
     return shutil.which(tool, path=places)
 
 
-def _die_with_parent() -> None:
-    # PR_SET_PDEATHSIG: also where the tests are killed, no server stays behind.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+# Also where the tests are killed, no server stays behind. Not by `preexec_fn`: what it runs in the
+# child may wait for a lock that some thread here held when the process was copied.
+DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 class Received(NamedTuple):
@@ -118,9 +117,9 @@ class Broker(ABC):
     def spoil(self, destination: str) -> None:  # noqa: B027 - not there yet: nothing to do
         """See to it that a destination takes nothing until it is made."""
 
-    def source(self, url: str) -> str:
-        """Return what the example's consumer wants for a transport's URL; most want the same."""
-        return url
+    def example(self, destination: str) -> tuple[str, str]:
+        """Return a URL for the transport, and what the example's consumer wants for it."""
+        return self.url(destination), self.url(destination)
 
     @abstractmethod
     def received(self, destination: str) -> list[Received]:
@@ -131,14 +130,13 @@ class Broker(ABC):
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output").open("ab") as output:
             self.process = subprocess.Popen(
-                self.command(),
+                [*DIE_WITH_PARENT, *self.command()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 cwd=self.folder,
                 env={**os.environ, **self.environment()},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         wait_for(f"{type(self).__name__} (see {self.folder / 'output'})", self._answers)
 

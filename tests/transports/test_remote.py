@@ -17,7 +17,7 @@ from eventlog_handler import (
     TransportTimeoutError,
 )
 from eventlog_handler.transports import _remote
-from eventlog_handler.transports._remote import Outcomes, RemoteTransport, in_pieces
+from eventlog_handler.transports._remote import Outcomes, RemoteTransport
 from eventlog_handler.typing import OutgoingEvent
 
 URL = "script://ann:s3%2Fcret@host/path"
@@ -430,6 +430,7 @@ def test_a_batch_is_cut_by_count_and_by_bytes() -> None:
         pieces.append([event.line for event in piece])
         return [None] * len(piece)
 
+    in_pieces = ScriptTransport()._in_pieces
     batch = batch_of(b"1", b"2", b"3", b"44", b"55", b"666666", b"7")
     assert asyncio.run(in_pieces(batch, 2, 5, send)) == [None] * 7
     assert pieces == [[b"1", b"2"], [b"3", b"44"], [b"55"], [b"666666"], [b"7"]]
@@ -438,14 +439,28 @@ def test_a_batch_is_cut_by_count_and_by_bytes() -> None:
     assert pieces == [[b"1"], [b"2"], [b"3"]]
 
 
-def test_after_a_piece_that_failed_none_is_sent() -> None:
-    """Its error befalls all that is left; what was confirmed before it stays so."""
-    error = OSError()
+@pytest.mark.parametrize(
+    ("error", "meaning"), [(OSError("x"), "OSError: x"), (KeyError("x"), "KeyError: 'x'")]
+)
+def test_after_a_piece_that_failed_none_is_sent(error: Exception, meaning: str) -> None:
+    """Its error befalls all that is left, as nobody's own fault; what was confirmed stays so."""
 
     async def send(piece: Sequence[OutgoingEvent]) -> Outcomes:
         if piece[0].line == b"2":
             raise error
         return [None] * len(piece)
 
-    found = asyncio.run(in_pieces(batch_of(b"1", b"2", b"3"), 1, 9, send))
-    assert found == [None, error, error]
+    first, *others = asyncio.run(
+        ScriptTransport()._in_pieces(batch_of(b"1", b"2", b"3"), 1, 9, send)
+    )
+    assert first is None
+    assert others[0] is others[1]
+    assert isinstance(others[0], TransportConnectionError)
+    assert (str(others[0]), others[0].__cause__) == (meaning, error)
+
+
+def test_the_only_event_of_a_batch_has_its_own_error() -> None:
+    """Then it is known whose fault it is."""
+    send = failing(KeyError("x"))
+    [outcome] = asyncio.run(ScriptTransport()._in_pieces(batch_of(b"1"), 1, 9, send))
+    assert type(outcome) is TransportError

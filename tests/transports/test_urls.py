@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib
 import logging.config
 import re
 import sys
+import textwrap
 import urllib.parse
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventlog_handler import EventSessionLogger, NullTransport
+from eventlog_handler import EventSessionLogger
 from eventlog_handler.transports import SCHEMES, named_transports
 from eventlog_handler.transports._url import (
     Template,
@@ -22,6 +23,7 @@ from eventlog_handler.transports._url import (
     header_text,
     parse_options,
     parse_url,
+    within,
 )
 from eventlog_handler.transports.redis import RedisTransport
 from eventlog_handler.typing import OutgoingEvent
@@ -141,6 +143,14 @@ def test_tokens_and_headers_are_safe_and_can_be_read_back(text: str) -> None:
         assert urllib.parse.unquote(found, errors="surrogatepass") == text
 
 
+@given(st.text("ab%~", max_size=140), st.text("ab%~", max_size=140))
+def test_a_text_is_cut_and_stays_its_own(one: str, other: str) -> None:
+    """Below the limit a text stays; above, it has just so many characters, and a digest."""
+    found = within(100, one)
+    assert found == one or (len(one) >= 100 and len(found) == 100)
+    assert (found == within(100, other)) == (one == other)
+
+
 def test_a_text_may_hold_several_urls() -> None:
     """URLs are separated by white space, as a variable or a YAML block has them."""
     found = named_transports("redis://a/1\n  rediss://:pw@b?stream=x&name=there ")
@@ -189,22 +199,37 @@ def test_each_scheme_has_a_class_that_knows_it(scheme: str) -> None:
     assert scheme in found.ports
 
 
-def test_other_packages_offer_schemes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An entry point's callable gets the URL and returns the transport."""
-    info = tmp_path / "other-1.0.dist-info"
+def install(folder: Path, name: str, entry_points: str) -> None:
+    """Have a package with entry points in a folder, as pip would."""
+    info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        f"[eventlog_handler.transports]\nother = {__name__}:OtherTransport\n"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+def test_another_package_offers_a_scheme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The example's lines of setup.cfg, installed, make its scheme one of those there are."""
+    example = Path(__file__).parents[2] / "examples" / "custom_transport.py"
+    (tmp_path / "custom_transport.py").write_text(example.read_text())
+    config = configparser.ConfigParser()
+    config.read_string(
+        textwrap.dedent(re.findall(r"\n\n(    \[.*?)\n\n", example.read_text(), re.S)[0])
     )
+    [(group, line)] = config["options.entry_points"].items()
+    install(tmp_path, "custom", f"[{group}]{line}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    [(name, transport)] = named_transports("OTHER://host/x").items()
-    assert (name, type(transport)) == ("OTHER://host/x", OtherTransport)
+    [(name, transport)] = named_transports("lines://host:9000").items()
+    assert (name, type(transport).__name__) == ("lines://host:9000", "LineTransport")
+    with pytest.raises(ValueError, match="write lines://host:port"):
+        named_transports("lines://host")
 
 
-class OtherTransport(NullTransport):
-    """A transport of another package."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.name: Any = url
+def test_two_packages_with_one_scheme_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which of them is meant is not guessed."""
+    for name in ("one", "two"):
+        install(tmp_path, name, f"[eventlog_handler.transports]\nlines = {name}:Transport\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="lines:// is offered by one:Transport, two:Transport"):
+        named_transports("lines://host:9000")
