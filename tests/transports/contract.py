@@ -67,6 +67,21 @@ for n in range(20):
     for session_id in ("chat-42", "chat-7"):
         logging.getLogger("app").info("step %d", n, extra={"session_id": session_id})
 """
+FORK = """
+import logging, logging.config, os, yaml
+logging.config.dictConfig(yaml.safe_load(open("logging.yaml")))
+[handler] = logging.getLogger().handlers
+def log(session_id):
+    for n in range(20):
+        logging.getLogger("app").info("step %d", n, extra={"session_id": session_id})
+    assert handler.flush(until="transport", timeout=50)
+log("before")
+child = os.fork()
+log("parent" if child else "child")
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    log("after")
+"""
 _numbers = itertools.count(1)
 
 
@@ -121,11 +136,16 @@ class Pipeline:
 
     def written(self) -> dict[str, list[bytes]]:
         """Return the lines of the session files by session."""
-        lines: dict[str, list[bytes]] = defaultdict(list)
-        for path in sorted(self.base.glob("*/*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                lines[orjson.loads(line)["event"]["session_id"]].append(line)
-        return lines
+        return written_in(self.base)
+
+
+def written_in(base: Path) -> dict[str, list[bytes]]:
+    """Return the lines of the session files below a base, by session."""
+    lines: dict[str, list[bytes]] = defaultdict(list)
+    for path in sorted(base.glob("*/*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            lines[orjson.loads(line)["event"]["session_id"]].append(line)
+    return lines
 
 
 def check(written: dict[str, list[bytes]], received: list[Received]) -> int:
@@ -448,6 +468,21 @@ class TransportContract:
             with pytest.raises(Exception, match="certificate verify failed"):
                 asyncio.run(send(proxy.port, untrusted))
         assert broker.received(destination) == [Received(event.line, event.id, "chat-1")]
+
+    def test_a_forked_child_has_its_own_connection(
+        self, broker: Broker, destination: str, tmp_path: Path
+    ) -> None:
+        """Parent and child send at the same time, and the child's end is not the parent's."""
+        config = CONFIG.format(url=json.dumps(broker.url(destination)))
+        (tmp_path / "logging.yaml").write_text(config)
+        # From 3.12 on Python warns of any fork beside a thread.
+        app = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
+        subprocess.run(app, cwd=tmp_path, check=True, timeout=FLUSH_SECONDS)
+        written = written_in(tmp_path / "logs" / "sessions")
+        assert {name: len(lines) for name, lines in written.items()} == dict.fromkeys(
+            ("before", "parent", "child", "after"), 20
+        )
+        assert check(written, broker.received(destination)) == 0
 
     def test_end_to_end(self, broker: Broker, destination: str, tmp_path: Path) -> None:
         """A `dictConfig` with the URL, `logger.info`, and the example's consumer prints it all."""
