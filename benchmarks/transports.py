@@ -44,14 +44,14 @@ class Subject(NamedTuple):
 
 
 SUBJECTS = {
-    "redis": Subject("test_redis:RedisServer", 20_000),
-    "amqp": Subject("test_amqp:RabbitServer", 10_000),
-    "kafka": Subject("test_kafka:KafkaServer", 20_000),
-    "nats": Subject("test_nats:NatsServer", 20_000),
+    "redis": Subject("test_redis:RedisServer", 50_000),
+    "amqp": Subject("test_amqp:RabbitServer", 20_000),
+    "kafka": Subject("test_kafka:KafkaServer", 100_000),
+    "nats": Subject("test_nats:NatsServer", 50_000),
     "sqs": Subject("test_sqs:SqsServer", 2_000),
-    "servicebus": Subject("test_servicebus:ServiceBusPeer", 5_000),
-    "http": Subject("test_http:HttpReceiver", 20_000, {"format": "ndjson"}),
-    "otlp": Subject("test_otlp:OtlpReceiver", 20_000),
+    "servicebus": Subject("test_servicebus:ServiceBusPeer", 10_000),
+    "http": Subject("test_http:HttpReceiver", 100_000, {"format": "ndjson"}),
+    "otlp": Subject("test_otlp:OtlpReceiver", 100_000),
 }
 
 
