@@ -37,14 +37,24 @@ def silence(names: Iterable[str]) -> None:
     """
     global _driver_loggers
     _driver_loggers = tuple({*_driver_loggers, *(f"{name}." for name in names)})
+    _known.clear()
+
+
+_known: dict[str, bool] = {}
 
 
 def is_silenced(name: str) -> bool:
     """Return whether a logger, or one above it, was silenced."""
-    return f"{name}.".startswith(_driver_loggers)
+    found = _known.get(name)
+    if found is None:
+        if len(_known) >= 1000:
+            # Names that are made for each call must not fill the memory.
+            _known.clear()
+        found = _known[name] = f"{name}.".startswith(_driver_loggers)
+    return found
 
 
-_teed: dict[int, list[Any]] = {}
+teed: dict[int, list[Any]] = {}
 """By thread: the structlog call whose event our processor has taken, to which base, and how many
 handlers will still ask."""
 
@@ -58,12 +68,12 @@ def tee(frame: FrameType, base: Path, looks: int) -> None:
         base: A gateway's base directory.
         looks: How many handlers will ask.
     """
-    _teed[threading.get_ident()] = [frame, base, looks]
+    teed[threading.get_ident()] = [frame, base, looks]
 
 
 def is_teed(base: Path) -> bool:
     """Return whether this record comes out of a structlog call whose event `base` has."""
-    mark = _teed.get(threading.get_ident()) if _teed else None
+    mark = teed.get(threading.get_ident()) if teed else None
     if mark is None:
         return False
     found: FrameType | None = sys._getframe(1)
@@ -74,7 +84,7 @@ def is_teed(base: Path) -> bool:
     mark[2] -= 1
     # Not found: a later processor or a filter stopped that call's record, and this is another.
     if found is None or mark[2] == 0:
-        del _teed[threading.get_ident()]
+        del teed[threading.get_ident()]
     return found is not None
 
 

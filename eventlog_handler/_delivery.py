@@ -216,8 +216,9 @@ class Delivery:
 
     @property
     def live(self) -> bool:
-        """Whether all transports will probably soon have what comes now."""
-        return not self._closed and all(s.live for s, _ in self._senders.values())
+        """Whether there are transports, and all will probably soon have what comes now."""
+        senders = self._senders.values()
+        return bool(senders) and not self._closed and all(s.live for s, _ in senders)
 
     def when(self, written: Written, call: Released) -> int:
         """Have `call` called by each transport that gets past these events; return how often."""

@@ -82,8 +82,9 @@ class Feed:
             gateway._report.drop("no_session")
             return
         event = gateway._intake.snapshot(fields, session_id, seconds, complete)
+        sync = self._sync_level
         # A record that was made by hand may have no level.
-        sync = self._sync_level is not None and bool(level) and level >= self._sync_level
+        sync = sync is not None and bool(level) and level >= sync
         if event is not None and not captures and not self._listener.put(event, sync):
             self._wait_for_room(event, sync)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -15,6 +16,11 @@ from eventlog_handler._snapshot import event_fields
 from eventlog_handler.exceptions import SerializationError
 from eventlog_handler.redact import drop_system_prompt
 from eventlog_handler.typing import EncodedEvent, EventFields
+
+# Without the call in Python that a named tuple's own constructor is.
+_event: Callable[[tuple[str | None, str, str, str, bytes]], EncodedEvent] = functools.partial(
+    tuple.__new__, EncodedEvent
+)
 
 
 class Intake:
@@ -69,8 +75,10 @@ class Intake:
             seconds: Unix time of the call.
             complete: Whether a missing `session_id` is added, or a formatter has decided.
         """
-        for name, value in bound_fields().items():
-            fields.setdefault(name, value)
+        bound = bound_fields()
+        if bound:
+            for name, value in bound.items():
+                fields.setdefault(name, value)
         if complete and session_id is not None and fields.get("session_id") is None:
             fields["session_id"] = session_id
         processed = self._process(fields) if self._processors else fields
@@ -78,10 +86,13 @@ class Intake:
             self._report.drop("filtered")
             return None
         body = encode(processed)
-        for capture in captures:
-            capture(body)
-        kind = as_text(processed.get("type", "event"))
-        return EncodedEvent(session_id, kind, new_id(), timestamp(seconds), body)
+        if captures:
+            for capture in captures:
+                capture(body)
+        kind = processed.get("type", "event")
+        if type(kind) is not str:
+            kind = as_text(kind)
+        return _event((session_id, kind, new_id(), timestamp(seconds), body))
 
     def _process(self, fields: EventFields) -> Mapping[str, Any] | None:
         """Run the processors on a copy that shares nothing with the application's objects."""

@@ -29,6 +29,8 @@ OWN_DIRECTORY = ".eventlog"
 SUFFIX = ".ring"
 NESTED_BYTES = 256 * 1024
 """The ring for calls that interrupt another call in its critical section: signal handlers."""
+WARM_BYTES = 64 * 1024
+"""A ring that is empty beyond this place goes on at its beginning."""
 LARGEST_SHARE = 4
 """An event may take a fourth of the ring; a larger one gets a file of its own, and so does one from
 a signal handler that interrupted a signal handler in here."""
@@ -167,10 +169,16 @@ class JournalHandoff(MemoryHandoff):
             depth = self._depth
             try:
                 self._depth = depth + 1
-                found = self._append(payload, depth)
-                if found is None:
+                if self._closed or self._queue.qsize() >= self._capacity:
                     return False
-                ring, begin, end = found
+                if depth or len(payload) > self._largest:
+                    ring = self._other_ring(payload, depth)
+                else:
+                    ring = self._rings[0]
+                region = ring.ring.append(payload)
+                if region is None:
+                    return False
+                begin, end = region
                 self._queue.put((event, ring, begin, end, sync))
             finally:
                 self._depth = depth
@@ -178,16 +186,12 @@ class JournalHandoff(MemoryHandoff):
             ring.sync(end)
         return True
 
-    def _append(self, payload: bytes, depth: int) -> tuple[MappedRing, int, int] | None:
-        if self._closed or self.depth >= self._capacity:
-            return None
-        if space(payload) > self._largest or depth >= len(self._rings):
-            ring = MappedRing(self._directory, space(payload) + ALIGN, self._note)
-            self._large.add(ring)
-        else:
-            ring = self._rings[depth]
-        region = ring.ring.append(payload)
-        return None if region is None else (ring, *region)
+    def _other_ring(self, payload: bytes, depth: int) -> MappedRing:
+        if len(payload) <= self._largest and depth < len(self._rings):
+            return self._rings[depth]
+        ring = MappedRing(self._directory, space(payload) + ALIGN, self._note)
+        self._large.add(ring)
+        return ring
 
     def take(self, limit: int, timeout_seconds: float) -> tuple[list[EncodedEvent], Marker | None]:
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
@@ -218,7 +222,8 @@ class JournalHandoff(MemoryHandoff):
         with self._lock:
             if not self._depth and not self.depth and not self._closed:
                 for ring in self._rings:
-                    if ring.ring.tail != ring.ring.head:
+                    used = ring.ring.head % ring.ring.capacity
+                    if ring.ring.tail != ring.ring.head or used >= WARM_BYTES:
                         ring.ring.clear()
 
     def close(self) -> bool:

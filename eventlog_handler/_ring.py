@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from eventlog_handler.typing import EncodedEvent
 
-MAGIC = int.from_bytes(b"EVLRING1", "little")
+MAGIC = int.from_bytes(b"EVLRING2", "little")
 HEADER_BYTES = 4096
 ALIGN = 16
 _COPIES = (0, 512)
@@ -49,12 +49,16 @@ class Damage(NamedTuple):
 
 def pack(event: EncodedEvent) -> bytes:
     """Return an event as a record's payload."""
-    kind = event.type.encode("utf-8", "surrogatepass")
-    session = (event.session_id or "").encode("utf-8", "surrogatepass")
-    known = -1 if event.session_id is None else len(session)
-    ids = event.id.encode()
-    lengths = _PAYLOAD.pack(len(ids), len(event.timestamp), len(kind), known)
-    return b"".join((lengths, ids, event.timestamp.encode(), kind, session, event.body))
+    session_id, kind, unique, timestamp, body = event
+    session = session_id or ""
+    text = f"{unique}{timestamp}{kind}{session}"
+    raw = text.encode("utf-8", "surrogatepass")
+    of_kind, of_session = len(kind), len(session)
+    if len(raw) != len(text):
+        of_kind = len(kind.encode("utf-8", "surrogatepass"))
+        of_session = len(session.encode("utf-8", "surrogatepass"))
+    known = -1 if session_id is None else of_session
+    return _PAYLOAD.pack(len(unique), len(timestamp), of_kind, known) + raw + body
 
 
 def unpack(payload: bytes) -> EncodedEvent:
@@ -70,7 +74,9 @@ def unpack(payload: bytes) -> EncodedEvent:
 
 def _check(position: int, payload: bytes) -> int:
     """Return a record's second word: its length, and a checksum that covers where it stands."""
-    return len(payload) << 32 | zlib.crc32(payload, zlib.crc32(_WORDS.pack(position, len(payload))))
+    # For one content each start gives another sum, so that the place counts as the content does.
+    # Never from 0: of nothing the sum would be 0 then, as that of a word that is not written yet.
+    return len(payload) << 32 | zlib.crc32(payload, position + 1 & 0xFFFFFFFF)
 
 
 def space(payload: bytes) -> int:
@@ -109,12 +115,12 @@ class Ring:
         It counts from its second word on, which is written last. What is cut off before that, by a
         kill or by an exception, is overwritten by the next.
         """
-        size = space(payload)
-        start = self.head
-        left = self.capacity - start % self.capacity
+        capacity, start = self.capacity, self.head
+        size = 16 + (len(payload) + ALIGN - 1 & -ALIGN)
+        left = capacity - start % capacity
         record_at = start if size <= left else start + left
         end = record_at + size
-        if end - self.tail > self.capacity:
+        if end - self.tail > capacity:
             return None
         if record_at != start:
             self._write(start, b"")
@@ -140,9 +146,16 @@ class Ring:
             self._advance(tail)
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Let go of everything, and go on where the next lap begins.
+
+        What is written again and again stays in the processor's cache, and its pages need no fault.
+        """
         self._done.clear()
-        self._advance(self.head)
+        self.head += -self.head % self.capacity
+        # Both slots: an older one would tell of records in the stretch that is left out.
+        for _ in _TAILS:
+            self._advance(self.head)
+        self.buffer[_HEAD : _HEAD + 8] = _WORD.pack(self.head)
 
     def _advance(self, position: int) -> None:
         # In turns, so that one of the two slots is whole whenever the process dies.

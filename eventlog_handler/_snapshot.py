@@ -17,7 +17,9 @@ from eventlog_handler.typing import EventFields
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
-_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {
+_NAMES = tuple(logging.makeLogRecord({}).__dict__)
+_COUNT, _LAST = len(_NAMES), _NAMES[-1]
+_STANDARD = frozenset(_NAMES) | {
     # Set later by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`.
     "message",
     "asctime",
@@ -35,15 +37,19 @@ def record_fields(record: logging.LogRecord) -> EventFields:
     A message that is itself a mapping, model, dataclass or attrs object is the event, and gets
     the rest beside its own fields; only `extra["event_type"]` beats its `type`.
     """
-    extras = {k: v for k, v in record.__dict__.items() if k not in _STANDARD}
+    extras = _extras(record.__dict__)
     kind = extras.pop("event_type", None)
     if kind is None:
         kind = extras.pop("type", None)
     content = None if isinstance(record.msg, str) else object_fields(record.msg)
     if content is None:
-        fields: EventFields = {"type": kind or "log", "session_id": None}
-        fields |= {"level": record.levelname, "logger": record.name}
-        fields["message"] = _message(record)
+        fields: EventFields = {
+            "type": kind or "log",
+            "session_id": None,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": _message(record),
+        }
     elif "_name" in record.__dict__:
         fields = structlog_fields(content, record.__dict__["_name"], record.name)
     else:
@@ -51,8 +57,12 @@ def record_fields(record: logging.LogRecord) -> EventFields:
         fields["type"] = kind or fields.get("type") or "log"
         fields.setdefault("level", record.levelname)
         fields.setdefault("logger", record.name)
-    for name, value in extras.items():
-        _add(fields, name, value)
+    merged = fields | extras
+    if len(merged) == len(fields) + len(extras) - ("session_id" in extras):
+        fields = merged
+    else:
+        for name, value in extras.items():
+            _add(fields, name, value)
     if record.exc_info:
         _put_exception(fields, _exception(record.exc_info))
     elif record.exc_text:
@@ -64,8 +74,22 @@ def record_fields(record: logging.LogRecord) -> EventFields:
     return fields
 
 
+def _extras(held: dict[str, Any]) -> EventFields:
+    """Return what was added to a record."""
+    names = list(held)
+    # The standard ones come first, in the order in which a record is made; if the last of them is
+    # in its place, so are the others.
+    if names[_COUNT - 1 : _COUNT] == [_LAST]:
+        names = names[_COUNT:]
+    return {name: held[name] for name in names if name not in _STANDARD}
+
+
 def _message(record: logging.LogRecord) -> str:
     try:
+        msg = record.msg
+        if type(msg) is str and type(record) is logging.LogRecord:
+            # As its `getMessage`, without the call.
+            return msg % record.args if record.args else msg
         return record.getMessage()
     except Exception as error:
         # Arguments that do not fit their format string: logging's own handlers lose the record.

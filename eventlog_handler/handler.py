@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Any
 
-from eventlog_handler._context import delivering, is_silenced, is_teed
+from eventlog_handler._context import delivering, is_silenced, is_teed, teed
 from eventlog_handler._feed import Feed
 from eventlog_handler._snapshot import json_object, record_fields
 from eventlog_handler.session_logger import EventSessionLogger
@@ -69,42 +69,50 @@ class EventLogHandler(logging.Handler):
     def handle(self, record: logging.LogRecord) -> bool:
         """Filter and emit, without the lock of `logging.Handler`: the hand-off needs none."""
         kept = self.filter(record)
-        if isinstance(kept, logging.LogRecord):
+        if not kept:
+            return False
+        if kept is not True and isinstance(kept, logging.LogRecord):
             # From 3.12 on a filter may put another record in the place of the first.
             record = kept
-        if kept:
-            self.emit(record)
-        return bool(kept)
+        self.emit(record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Snapshot the record and hand it off."""
         try:
-            if delivering.get() or self._is_ours(record):
+            # A record that was made by hand may have any name.
+            name = record.name if type(record.name) is str else str(record.name)
+            if delivering.get() or is_silenced(name) or (teed and self._is_teed()):
                 return
-            fields, decided = self._fields(record)
-            session_id = getattr(record, self.gateway._settings.session_id_field, None)
-            self._feed.put(fields, record.created, record.levelno, session_id, complete=not decided)
+            formatter, decided = self.formatter, None
+            # The plain class makes no JSON, and `basicConfig` sets one where there is none.
+            if formatter is not None and type(formatter) is not logging.Formatter:
+                decided = self._decided(formatter, record)
+            self._feed.put(
+                record_fields(record) if decided is None else decided,
+                record.created,
+                record.levelno,
+                getattr(record, self.gateway._settings.session_id_field, None),
+                decided is None,
+            )
         except Exception as error:
             self.gateway._report.local(error, "emit")
             self.gateway._report.drop("internal_error")
 
-    def _is_ours(self, record: logging.LogRecord) -> bool:
-        """Whether it speaks of us, or is an event that our processor has taken already."""
-        # A record that was made by hand may have no name.
-        return is_silenced(str(record.name)) or is_teed(self.gateway._settings.log_base_dir)
+    def _is_teed(self) -> bool:
+        """Whether it is an event that our processor has taken already."""
+        return is_teed(self.gateway._settings.log_base_dir)
 
-    def _fields(self, record: logging.LogRecord) -> tuple[EventFields, bool]:
-        """Return the event's fields, and whether a formatter has decided which they are."""
-        # The plain class makes no JSON, and `basicConfig` sets one where there is none.
-        if self.formatter is not None and type(self.formatter) is not logging.Formatter:
-            try:
-                fields = json_object(self.formatter.format(record))
-                if fields is not None:
-                    return fields, True
-            except Exception as error:
-                # A value that the formatter's encoder refuses; ours refuses none.
-                self.gateway._report.local(error, "formatter")
-        return record_fields(record), False
+    def _decided(
+        self, formatter: logging.Formatter, record: logging.LogRecord
+    ) -> EventFields | None:
+        """Return the event's fields where a formatter makes a JSON object."""
+        try:
+            return json_object(formatter.format(record))
+        except Exception as error:
+            # A value that the formatter's encoder refuses; ours refuses none.
+            self.gateway._report.local(error, "formatter")
+            return None
 
     def flush(  # type: ignore[override]  # `logging` itself ignores what it returns
         self, session_id: str | None = None, until: str = "file", timeout: float | None = None

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import anyio
-import anyio.to_thread
+from anyio import lowlevel, to_thread
 
 from eventlog_handler import _lifecycle
 from eventlog_handler._config import (
@@ -268,8 +267,7 @@ class EventSessionLogger:
         return self._write(session_id, events, self._delivery.hand_over)
 
     def _note_overhead(self, seconds: float) -> None:
-        self._calls += 1
-        self._overhead += seconds
+        self._calls, self._overhead = self._calls + 1, self._overhead + seconds
         self._overhead_max = max(self._overhead_max, seconds)
 
     async def _wait(self, written: Written | None) -> None:
@@ -279,6 +277,8 @@ class EventSessionLogger:
             waiter = Waiter()
             waiter.expect(self._delivery.when(written, waiter.released))
             await waiter.wait(seconds)
+        else:  # Other tasks have their turn, and a cancellation comes through, all the same.
+            await lowlevel.checkpoint()
 
     async def _call_back(self, callback: Callback, event: Any, written: Written | None) -> bool:
         """Give the live event to the callback; what it does not take goes to the transports."""
@@ -342,7 +342,7 @@ class EventSessionLogger:
         Raises:
             ValueError: `until` is something else.
         """
-        return await anyio.to_thread.run_sync(
+        return await to_thread.run_sync(
             self._flush, session_id, until, timeout, abandon_on_cancel=True
         )
 
@@ -416,7 +416,7 @@ class EventSessionLogger:
         """
         if not self._closed:
             deadline = time.monotonic() + self._settings.shutdown_timeout_seconds
-            await anyio.to_thread.run_sync(self._close, deadline, abandon_on_cancel=True)
+            await to_thread.run_sync(self._close, deadline, abandon_on_cancel=True)
 
     def _close(self, deadline: float) -> None:
         self._closed = True

@@ -46,7 +46,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
     _report._said_at.clear()
-    _context._teed.clear()
+    _context.teed.clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import uuid
 from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -487,6 +487,19 @@ def test_timestamps_of_one_second_differ_in_microseconds() -> None:
         "06.000000",
         "05.250000",
     ]
+
+
+@given(
+    st.lists(st.integers(0, 4_000_000).map(lambda n: 1_700_000_000 + n / 1_000_003), min_size=1),
+    st.floats(0, 4e9),
+)
+def test_a_timestamp_is_right_whatever_was_asked_before(asked: list[float], other: float) -> None:
+    """Each is that of its own time, to the nearest microsecond, in any order."""
+    for seconds in (*asked, other):
+        found = datetime.fromisoformat(timestamp(seconds)) - datetime(
+            1970, 1, 1, tzinfo=timezone.utc
+        )
+        assert abs(found / timedelta(microseconds=1) - seconds * 1e6) <= 1
 
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, 1e14, -1e14])

@@ -1140,3 +1140,13 @@ def test_one_gateway_serves_many_loops(make_gateway: Make) -> None:
     assert sorted(order) == list(range(40))
     assert sorted(numbers(transport)) == list(range(1, 40, 2))
     assert [seq for seq, _ in seqs(gateway.get_log_file_path("s"))] == list(range(1, 41))
+
+
+@pytest.mark.anyio
+async def test_others_have_their_turn(make_gateway: Make) -> None:
+    """A loop that does nothing but log can be cancelled, also where nothing is sent downstream."""
+    async with make_gateway() as gateway:
+        with anyio.move_on_after(0.01) as scope:
+            while True:
+                await gateway(event(1))
+        assert scope.cancelled_caught

@@ -20,6 +20,7 @@ from eventlog_handler import (
     EventSessionLogger,
     LoggingTransport,
     SessionEvent,
+    _context,
     redact_patterns,
     session_context,
 )
@@ -548,3 +549,27 @@ def test_logging_yaml_works_as_it_is(
         logging.getLogger(name).handlers.clear()
     assert [e["message"] for e in events_of(tmp_path / "logs" / "sessions")] == ["hello"]
     assert "Transport event: " in capfd.readouterr().err
+
+
+def test_names_of_loggers_do_not_pile_up(make_handler: Make) -> None:
+    """A name for each call costs no memory, and a record of any name is written."""
+    handler = make_handler()
+    for number in range(2500):
+        handler.handle(
+            logging.makeLogRecord({"msg": "m", "name": f"n{number}", "session_id": "s1"})
+        )
+    handler.handle(logging.makeLogRecord({"msg": "m", "name": ["odd"], "session_id": "s1"}))
+    assert len(_context._known) <= 1000
+    assert len(written(handler)) == 2501
+
+
+def test_standard_attributes_may_stand_in_any_order(make_handler: Make) -> None:
+    """Who takes an attribute of a record away and puts it back costs it none of its extras."""
+    handler = make_handler()
+    record = logging.makeLogRecord({"msg": "m", "session_id": "s1", "first": 1, "last": 2})
+    created = record.__dict__.pop("created")
+    record.created = created
+    handler.handle(record)
+    [found] = written(handler)
+    assert (found["first"], found["last"], found["session_id"]) == (1, 2, "s1")
+    assert "created" not in found

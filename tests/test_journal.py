@@ -18,7 +18,7 @@ import pytest
 
 from eventlog_handler import EventLogHandler, EventSessionLogger, _encode, _journal
 from eventlog_handler._files import Layout, SessionFiles
-from eventlog_handler._journal import JournalHandoff, MappedRing, journal_directory
+from eventlog_handler._journal import WARM_BYTES, JournalHandoff, MappedRing, journal_directory
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._ring import pack, read_ring
 from eventlog_handler.typing import EncodedEvent
@@ -337,7 +337,7 @@ def test_what_was_broken_off_before_its_queue_is_reclaimed(
 ) -> None:
     """An event that is in the ring and not in the queue is let go of when nothing else waits."""
     handoff = make_handoff()
-    handoff._append(pack(event()), 0)
+    handoff._rings[0].ring.append(pack(event()))
     after = event()
     handoff.put(after)
     assert len(on_disk(own)) == 2
@@ -345,6 +345,21 @@ def test_what_was_broken_off_before_its_queue_is_reclaimed(
     assert on_disk(own) == []
     assert handoff.close()
     assert list(own.iterdir()) == []
+
+
+def test_an_empty_ring_goes_on_where_it_is_warm(make_handoff: MakeHandoff, own: Path) -> None:
+    """Once a ring is empty beyond its first stretch, the next event lies at its beginning again."""
+    handoff = make_handoff(ring_bytes=1024 * 1024)
+    ring, places = handoff._rings[0].ring, []
+    for _ in range(200):
+        waiting = event(b"x" * 1000)
+        places.append(ring.head % ring.capacity)
+        assert handoff.put(waiting)
+        assert on_disk(own) == [waiting]
+        handoff.written(handoff.take(10, 0.0)[0])
+        assert on_disk(own) == []
+    assert places.count(0) > 2
+    assert max(places) < 2 * WARM_BYTES
 
 
 def test_nothing_is_reclaimed_while_something_waits(make_handoff: MakeHandoff, own: Path) -> None:

@@ -210,7 +210,7 @@ def test_no_event_twice(
     handler.flush()
     processor.flush()
     assert sorted(e["message"] for e in events_of(base)) == ["bound", "plain"]
-    assert _context._teed == {}
+    assert _context.teed == {}
 
 
 def test_another_base_gets_its_own_line(
@@ -254,7 +254,7 @@ def test_a_disabled_level_holds_no_frame(
     logger.setLevel(logging.ERROR)
     through_logging(processor, structlog.stdlib.render_to_log_kwargs)
     structlog.get_logger().info("hello", session_id="s1")
-    assert _context._teed == {}
+    assert _context.teed == {}
 
 
 def test_handlers_of_parents_count_as_long_as_records_propagate(

@@ -1,0 +1,447 @@
+"""What a call costs, and all that follows it, for this package and its peers, in one run.
+
+    pip install '.[bench]'
+    python benchmarks/speed.py [section …] [--rounds 5] [--write docs]
+
+Each figure is the median of child processes that alternate between the subjects, so that a busy
+machine is busy for all; what counts are the ratios within one run. `--write` puts `benchmarks.md`
+and `benchmarks.png` into a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# --- What is compared: code that defines `call(n)` and `finish()`, and where the lines are ---
+
+RECORD = """
+import logging
+log = logging.getLogger("bench"); log.setLevel(20); log.propagate = False
+def call(n):
+    log.info("token %d of %s", n, "answer",
+             extra={"session_id": "chat-42", "user": "ada", "n": n, "model": "m1", "ok": True})
+def finish(): pass
+"""
+OURS = """
+from eventlog_handler import EventLogHandler
+handler = EventLogHandler(log_base_dir=folder, durability="DURABILITY", block_timeout_seconds=60)
+log.addHandler(handler)
+def finish(): assert handler.flush(timeout=600)
+"""
+JSON_FILE = """
+from pythonjsonlogger.orjson import OrjsonFormatter
+file = logging.FileHandler(folder + "/log.jsonl"); file.setFormatter(OrjsonFormatter())
+"""
+CHAIN = """
+import logging, orjson, structlog
+def configure(last, factory):
+    structlog.configure([
+        structlog.contextvars.merge_contextvars, structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.format_exc_info,
+        last], wrapper_class=structlog.make_filtering_bound_logger(20),
+        logger_factory=factory, cache_logger_on_first_use=True)
+log = structlog.get_logger()
+def call(n):
+    log.info("token", session_id="chat-42", user="ada", n=n, model="m1", ok=True)
+def finish(): pass
+"""
+SUBJECTS = {
+    "floor (NullHandler)": RECORD + "log.addHandler(logging.NullHandler())",
+    "ours, memory": RECORD + OURS.replace("DURABILITY", "memory"),
+    "ours, process": RECORD + OURS.replace("DURABILITY", "process"),
+    "ours, disk": RECORD + OURS.replace("DURABILITY", "disk"),
+    "QueueHandler + QueueListener": RECORD
+    + JSON_FILE
+    + """
+import logging.handlers, queue
+q = queue.Queue(-1); listener = logging.handlers.QueueListener(q, file); listener.start()
+log.addHandler(logging.handlers.QueueHandler(q))
+def finish(): listener.stop()
+""",
+    "FileHandler": RECORD + JSON_FILE + "log.addHandler(file)",
+    "concurrent-log-handler": RECORD
+    + JSON_FILE
+    + """
+from concurrent_log_handler import ConcurrentRotatingFileHandler
+file = ConcurrentRotatingFileHandler(folder + "/log.jsonl"); file.setFormatter(OrjsonFormatter())
+log.addHandler(file)
+""",
+    "loguru, file": """
+from loguru import logger
+logger.remove(); logger.add(folder + "/log.jsonl", serialize=True)
+bound = logger.bind(session_id="chat-42", user="ada", model="m1", ok=True)
+def call(n): bound.info("token {} of {}", n, "answer", n=n)
+def finish(): logger.complete()
+""",
+    "loguru, enqueue": """
+from loguru import logger
+logger.remove(); logger.add(folder + "/log.jsonl", serialize=True, enqueue=True)
+bound = logger.bind(session_id="chat-42", user="ada", model="m1", ok=True)
+def call(n): bound.info("token {} of {}", n, "answer", n=n)
+def finish(): logger.complete()
+""",
+    "picologging, file": """
+import picologging
+log = picologging.getLogger("bench"); log.setLevel(20)
+log.addHandler(picologging.FileHandler(folder + "/log.txt"))
+def call(n): log.info("token %d of %s %s %s %s %s", n, "answer", "chat-42", "ada", "m1", True)
+def finish(): pass
+""",
+    "OpenTelemetry, batch": RECORD
+    + """
+import warnings; warnings.simplefilter("ignore")
+from opentelemetry.sdk._logs import LoggerProvider, LoggingHandler
+from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, ConsoleLogRecordExporter
+provider = LoggerProvider()
+out = open(folder + "/log.jsonl", "w")
+provider.add_log_record_processor(BatchLogRecordProcessor(ConsoleLogRecordExporter(out=out)))
+log.addHandler(LoggingHandler(logger_provider=provider))
+def finish(): provider.shutdown()
+""",
+    "python-logstash-async": RECORD
+    + """
+from logstash_async.handler import AsynchronousLogstashHandler
+log.addHandler(AsynchronousLogstashHandler("127.0.0.1", 1, database_path=folder + "/log.db"))
+""",
+    "structlog, floor": CHAIN
+    + """
+def drop(logger, method, event): raise structlog.DropEvent
+configure(drop, structlog.ReturnLoggerFactory())
+""",
+    "structlog, orjson to a file": CHAIN
+    + """
+configure(structlog.processors.JSONRenderer(serializer=orjson.dumps),
+          structlog.BytesLoggerFactory(file=open(folder + "/log.jsonl", "wb")))
+""",
+    "structlog, ours": CHAIN
+    + """
+from eventlog_handler import EventLogProcessor
+last = EventLogProcessor(passthrough=False, log_base_dir=folder)
+configure(last, structlog.ReturnLoggerFactory())
+def finish(): assert last.flush(timeout=600)
+""",
+}
+CALLERS = [name for name in SUBJECTS if not name.startswith("structlog")]
+CHAINS = [name for name in SUBJECTS if name.startswith("structlog")]
+BESIDE = ["floor (NullHandler)", "ours, process", "QueueHandler + QueueListener", "FileHandler"]
+
+# --- What is measured: the rest of a child, which prints one JSON object ---
+
+CALLER = """
+clock, bursts = time.perf_counter_ns, []
+for burst in range(120):
+    begun = clock()
+    for number in range(50):
+        call(number)
+    bursts.append((clock() - begun) / 50)
+    time.sleep(0.005)
+print(json.dumps({"ns": statistics.median(bursts[20:])}))
+"""
+WHOLE = """
+for number in range(1000): call(number)
+count, begun = 20_000, time.process_time_ns()
+for number in range(count):
+    call(number)
+    if number % 2000 == 0: time.sleep(0.005)
+finish()
+spent = time.process_time_ns() - begun
+files = [path for path in pathlib.Path(folder).rglob("*") if path.suffix in (".jsonl", ".txt")]
+size = sum(path.stat().st_size for path in files) / (count + 1000)
+print(json.dumps({"ns": spent / count, "bytes": size}))
+"""
+COMPUTING = """
+def compute():
+    while True: sum(range(2000))
+threading.Thread(target=compute, daemon=True).start()
+clock, spent = time.perf_counter_ns, []
+for number in range(600):
+    begun = clock(); call(number); spent.append(clock() - begun)
+    time.sleep(0.002)
+spent = sorted(spent[100:])
+print(json.dumps({f"p{p}": spent[len(spent) * p // 100] for p in (50, 90, 99)}))
+"""
+THREADS = """
+def work():
+    for number in range(20_000 // threads): call(number)
+begun = time.perf_counter_ns()
+group = [threading.Thread(target=work) for _ in range(threads)]
+for thread in group: thread.start()
+for thread in group: thread.join()
+finish()
+print(json.dumps({"ns": (time.perf_counter_ns() - begun) / 20_000}))
+"""
+SESSIONS = """
+import logging, resource
+from eventlog_handler import EventLogHandler
+handler = EventLogHandler(log_base_dir=folder, block_timeout_seconds=60)
+log = logging.getLogger("bench"); log.setLevel(20); log.propagate = False; log.addHandler(handler)
+extras = [{"session_id": f"chat-{n}", "text": "x" * 100} for n in range(sessions)]
+for extra in extras: log.info("first", extra=extra)
+assert handler.flush(timeout=600)
+begun, most = time.perf_counter_ns(), 0
+for number in range(count):
+    log.info("token", extra=extras[number % sessions])
+    if number % 5000 == 0: most = max(most, len(os.listdir("/proc/self/fd")))
+assert handler.flush(timeout=600)
+rate = count / (time.perf_counter_ns() - begun) * 1e9
+print(json.dumps({"per_second": rate, "descriptors": most}))
+os._exit(0)
+"""
+GATEWAYS = {
+    "the logger it replaces": """
+class Old:
+    async def __call__(self, event):
+        path = pathlib.Path(folder) / event["session_id"]; path.mkdir(exist_ok=True)
+        with open(path / "log.jsonl", "a") as file:
+            file.write(json.dumps({"timestamp": datetime.now(timezone.utc).isoformat(),
+                                   "event": event}) + "\\n")
+gateway = Old()
+""",
+    "ours": """
+from eventlog_handler import EventSessionLogger
+gateway = EventSessionLogger(folder)
+""",
+}
+GATEWAY = """
+async def main():
+    event = {"type": "step", "session_id": "chat-42", "user": "ada", "model": "m1", "ok": True}
+    clock, bursts = time.perf_counter_ns, []
+    for burst in range(60):
+        begun = clock()
+        for number in range(50): await gateway({**event, "n": number})
+        bursts.append((clock() - begun) / 50)
+    print(json.dumps({"ns": statistics.median(bursts[10:])}))
+asyncio.run(main())
+"""
+MEMORY = """
+import logging
+from eventlog_handler import EventLogHandler
+handler = EventLogHandler(log_base_dir=folder, block_timeout_seconds=60)
+log = logging.getLogger("bench"); log.setLevel(20); log.propagate = False; log.addHandler(handler)
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+seen = []
+for number in range(1_000_000):
+    log.info("token %d", number, extra={"session_id": f"chat-{number % 100}", "text": "x" * 100})
+    if number % 50_000 == 49_999: seen.append(resident())
+assert handler.flush(timeout=600)
+figures = {"first": seen[1], "last": seen[-1], "most": max(seen[1:]), "least": min(seen[1:])}
+print(json.dumps(figures))
+os._exit(0)
+"""
+IMPORT = """
+import anyio, structlog, orjson, pythonjsonlogger
+begun = time.perf_counter_ns()
+import eventlog_handler
+print(json.dumps({"ms": (time.perf_counter_ns() - begun) / 1e6}))
+"""
+HEAD = """
+import asyncio, json, os, pathlib, statistics, sys, threading, time
+from datetime import datetime, timezone
+folder = sys.argv[1]
+"""
+
+
+def child(code: str) -> dict[str, float] | None:
+    """Run a child in a folder of its own; return what it prints, or None where it cannot run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", HEAD + code, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr.strip().splitlines()[-1:], file=sys.stderr)
+        return None
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def alternate(codes: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
+    """Run each code once a round; return the medians by name, without those that cannot run."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in codes}
+    for _ in range(rounds):
+        for name, code in codes.items():
+            figures = child(code)
+            if figures is not None:
+                found[name].append(figures)
+    return {
+        name: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
+        for name, runs in found.items()
+        if runs
+    }
+
+
+Row = list[str]
+Table = tuple[Row, list[Row]]
+
+
+def caller(rounds: int) -> Table:
+    """What a call costs its caller over the floor: bursts of 50 calls, with pauses."""
+    found = alternate({name: SUBJECTS[name] + CALLER for name in CALLERS}, rounds)
+    return _over_the_floor(found, "floor (NullHandler)", "QueueHandler + QueueListener")
+
+
+def chains(rounds: int) -> Table:
+    """The same at the end of a structlog chain."""
+    found = alternate({name: SUBJECTS[name] + CALLER for name in CHAINS}, rounds)
+    return _over_the_floor(found, "structlog, floor", "structlog, orjson to a file")
+
+
+def whole(rounds: int) -> Table:
+    """CPU time of the whole process, until all lines are in the file, over the floor."""
+    names = [name for name in CALLERS if name not in ("ours, disk", "python-logstash-async")]
+    found = alternate({name: SUBJECTS[name] + WHOLE for name in names}, rounds)
+    head, rows = _over_the_floor(found, "floor (NullHandler)", "QueueHandler + QueueListener")
+    return [*head, "bytes a line"], [[*row, f"{found[row[0]]['bytes']:.0f}"] for row in rows]
+
+
+def _over_the_floor(found: dict[str, dict[str, float]], floor: str, measure: str) -> Table:
+    least = found[floor]["ns"]
+    other = found[measure]["ns"] - least
+    rows = []
+    for name, each in found.items():
+        over = each["ns"] - least
+        rows.append([name, f"{each['ns'] / 1000:.1f}", f"{over / 1000:.1f}", f"{over / other:.2f}"])
+    return ["", "µs a call", "over the floor", f"of {measure}"], rows
+
+
+def computing(rounds: int) -> Table:
+    """Latency of a call beside a thread that computes."""
+    found = alternate({name: SUBJECTS[name] + COMPUTING for name in BESIDE}, rounds)
+    rows = [[n, *(f"{each[p] / 1000:,.0f}" for p in each)] for n, each in found.items()]
+    return ["", "p50, µs", "p90, µs", "p99, µs"], rows
+
+
+def threads(rounds: int) -> Table:
+    """Threads that log at once: time for an event until all lines are in the file."""
+    rows = []
+    for count in (1, 2, 4, 8):
+        codes = {n: f"threads = {count}\n{SUBJECTS[n]}{THREADS}" for n in BESIDE[1:]}
+        found = alternate(codes, rounds)
+        rows.append([str(count), *(f"{found[name]['ns'] / 1000:.1f}" for name in BESIDE[1:])])
+    return ["threads", *(f"{name}, µs" for name in BESIDE[1:])], rows
+
+
+def sessions(rounds: int) -> Table:
+    """Interleaved sessions: events a second until all lines are in the files."""
+    counts = {1: 100_000, 100: 100_000, 10_000: 100_000, 100_000: 200_000}
+    codes = {str(n): f"sessions, count = {n}, {c}\n{SESSIONS}" for n, c in counts.items()}
+    found = alternate(codes, max(1, rounds // 2))
+    first = found["1"]["per_second"]
+    rows = []
+    for name, each in found.items():
+        rate = each["per_second"]
+        row = [f"{int(name):,}", f"{rate:,.0f}", f"{rate / first:.2f}"]
+        rows.append([*row, f"{each['descriptors']:.0f}"])
+    return ["sessions", "events a second", "of one session", "descriptors"], rows
+
+
+def gateway(rounds: int) -> Table:
+    """An event that is awaited, beside a logger that opens, appends and closes."""
+    found = alternate({name: code + GATEWAY for name, code in GATEWAYS.items()}, rounds)
+    first = found["the logger it replaces"]["ns"]
+    rows = [[n, f"{e['ns'] / 1000:.1f}", f"{e['ns'] / first:.2f}"] for n, e in found.items()]
+    return ["", "µs a call", "of the old one"], rows
+
+
+def memory(rounds: int) -> Table:
+    """Resident memory over a million events, every 50,000 from the 100,000th on."""
+    [found] = alternate({"ours": MEMORY}, 1).values()
+    return ["first, MiB", "least", "most", "last"], [
+        [f"{found[key]:.1f}" for key in ("first", "least", "most", "last")]
+    ]
+
+
+def imports(rounds: int) -> Table:
+    """`import eventlog_handler`, after its required dependencies."""
+    [found] = alternate({"ours": IMPORT}, rounds).values()
+    return ["ms"], [[f"{found['ms']:.1f}"]]
+
+
+SECTIONS: dict[str, Callable[[int], Table]] = {
+    each.__name__: each
+    for each in (
+        caller,
+        whole,
+        computing,
+        chains,
+        gateway,
+        sessions,
+        threads,
+        memory,
+        imports,
+    )
+}
+PEERS = ("structlog", "python-json-logger", "orjson", "loguru", "picologging")
+MORE_PEERS = ("concurrent-log-handler", "opentelemetry-sdk", "python-logstash-async")
+
+
+def versions() -> str:
+    """Return what was measured on what."""
+    found = [f"CPython {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    for name in (*PEERS, *MORE_PEERS):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return ", ".join(found)
+
+
+def table_lines(table: Table) -> Iterable[str]:
+    """Return a table in Markdown."""
+    head, rows = table
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def plot(table: Table, path: Path) -> None:
+    """Draw what a call costs over the floor."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    rows: list[Any] = [row for row in table[1] if row[2] != "0.0" and row[0] != "ours, disk"]
+    figure, axes = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
+    colors = ["tab:orange" if row[0].startswith("ours") else "tab:gray" for row in rows]
+    bars = axes.barh([row[0] for row in rows], [float(row[2]) for row in rows], color=colors)
+    axes.bar_label(bars, padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("µs a call, over the floor")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, and print each section as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
+    lines = ["# How fast it is", "", f"`python benchmarks/speed.py`: {versions()}.", ""]
+    print("\n".join(lines), flush=True)
+    for name in arguments.sections or SECTIONS:
+        section = SECTIONS[name]
+        table = section(arguments.rounds)
+        about = (section.__doc__ or "").strip()
+        part = [f"## {name.capitalize()}", "", about, "", *table_lines(table), ""]
+        print("\n".join(part), flush=True)
+        lines += part
+        if name == "caller" and arguments.write:
+            plot(table, arguments.write / "benchmarks.png")
+    if arguments.write:
+        (arguments.write / "benchmarks.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
