@@ -18,7 +18,8 @@ from eventlog_handler.typing import EventFields
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 _NAMES = tuple(logging.makeLogRecord({}).__dict__)
-_COUNT, _LAST = len(_NAMES), _NAMES[-1]
+_COUNT, _SPAN = len(_NAMES), len(_NAMES) - 1
+_ENDS = [_NAMES[0], _NAMES[-1]]
 _STANDARD = frozenset(_NAMES) | {
     # Set later by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`.
     "message",
@@ -77,9 +78,9 @@ def record_fields(record: logging.LogRecord) -> EventFields:
 def _extras(held: dict[str, Any]) -> EventFields:
     """Return what was added to a record."""
     names = list(held)
-    # The standard ones come first, in the order in which a record is made; if the last of them is
-    # in its place, so are the others.
-    if names[_COUNT - 1 : _COUNT] == [_LAST]:
+    # The standard ones come first, in the order in which a record is made; if the first and the
+    # last of them are in their places, so are the others.
+    if names[:_COUNT:_SPAN] == _ENDS:
         names = names[_COUNT:]
     return {name: held[name] for name in names if name not in _STANDARD}
 

@@ -563,12 +563,17 @@ def test_names_of_loggers_do_not_pile_up(make_handler: Make) -> None:
     assert len(written(handler)) == 2501
 
 
-def test_standard_attributes_may_stand_in_any_order(make_handler: Make) -> None:
+@pytest.mark.parametrize("before", [(), ("first",), ("session_id", "first")])
+def test_standard_attributes_may_stand_in_any_order(
+    make_handler: Make, before: tuple[str, ...]
+) -> None:
     """Who takes an attribute of a record away and puts it back costs it none of its extras."""
     handler = make_handler()
     record = logging.makeLogRecord({"msg": "m", "session_id": "s1", "first": 1, "last": 2})
-    created = record.__dict__.pop("created")
-    record.created = created
+    held = {name: record.__dict__.pop(name) for name in (*before, "created")}
+    others = dict(record.__dict__)
+    record.__dict__.clear()
+    record.__dict__.update({name: held.pop(name) for name in before} | others | held)
     handler.handle(record)
     [found] = written(handler)
     assert (found["first"], found["last"], found["session_id"]) == (1, 2, "s1")
