@@ -23,7 +23,7 @@ from eventlog_handler import TransportConnectionError, TransportRejectedError
 from eventlog_handler.transports._url import header_text
 from eventlog_handler.transports.sqs import REQUESTS
 from eventlog_handler.typing import OutgoingEvent
-from tests.transports.contract import TransportContract, outgoing, transport_of
+from tests.transports.contract import TransportContract, leftovers_collected, outgoing, transport_of
 from tests.transports.proxy import Proxy
 from tests.transports.servers import PASSWORD, Broker, Received, encoded, query
 from tests.transports.sqs_server import REGION
@@ -220,7 +220,7 @@ class TestSqs(TransportContract):
             assert await transport.send(event.line, event.metadata) is True
             await transport.close()
 
-        with Proxy(broker.port, context) as proxy:
+        with leftovers_collected(), Proxy(broker.port, context) as proxy:
             asyncio.run(send(proxy.port))
 
 
