@@ -35,9 +35,10 @@ def silence(names: Iterable[str]) -> None:
     Args:
         names: Of loggers that drivers use on threads of their own, where `delivering` is not set.
     """
-    global _driver_loggers
+    global _driver_loggers, _known
     _driver_loggers = tuple({*_driver_loggers, *(f"{name}." for name in names)})
-    _known.clear()
+    # A new one, last: whoever is asking has the old one, and may put an old answer there.
+    _known = {}
 
 
 _known: dict[str, bool] = {}
@@ -45,12 +46,13 @@ _known: dict[str, bool] = {}
 
 def is_silenced(name: str) -> bool:
     """Return whether a logger, or one above it, was silenced."""
-    found = _known.get(name)
+    known = _known
+    found = known.get(name)
     if found is None:
-        if len(_known) >= 1000:
+        if len(known) >= 1000:
             # Names that are made for each call must not fill the memory.
-            _known.clear()
-        found = _known[name] = f"{name}.".startswith(_driver_loggers)
+            known.clear()
+        found = known[name] = f"{name}.".startswith(_driver_loggers)
     return found
 
 

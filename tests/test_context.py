@@ -19,7 +19,13 @@ import anyio.to_thread
 import pytest
 import structlog
 
-from eventlog_handler import EventSessionLogger, SemiSessionEvent, SessionEvent, session_context
+from eventlog_handler import (
+    EventSessionLogger,
+    SemiSessionEvent,
+    SessionEvent,
+    _context,
+    session_context,
+)
 from eventlog_handler._context import bound_fields, bound_session, is_teed, tee
 from tests.conftest import events_of
 
@@ -377,3 +383,19 @@ async def test_event_classes_are_written_with_all_their_fields(base: Path) -> No
         {"type": "a", "session_id": "s", "role": "user", **rest},
         {"type": "b", "session_id": "s", **none},
     ]
+
+
+def test_a_logger_that_is_silenced_while_somebody_asks_stays_silenced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An answer that was right a moment ago is not remembered: a driver's records would come in."""
+
+    class Interrupted(dict[str, bool]):
+        def __setitem__(self, name: str, found: bool) -> None:
+            _context.silence(["driver"])
+            super().__setitem__(name, found)
+
+    monkeypatch.setattr(_context, "_driver_loggers", ())
+    monkeypatch.setattr(_context, "_known", Interrupted())
+    assert not _context.is_silenced("driver.pool")
+    assert _context.is_silenced("driver.pool")
