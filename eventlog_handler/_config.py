@@ -170,7 +170,8 @@ _check_count = _number(int, 0, "a whole number")
 check_one_or_more = _number(int, 1, "a whole number")
 
 
-def _some_bytes_or_none(name: str, value: Any) -> int | None:
+def check_count_or_none(name: str, value: Any) -> int | None:
+    """Check a number from 1 on that may be left out."""
     return None if value is None else check_one_or_more(name, value)
 
 
@@ -207,7 +208,7 @@ class Settings:
     downstream_wait_seconds: float = setting(1.0, check_seconds)
     file_mode: int = setting(0o600, _mode)
     formatter: Any = setting(None, _formatter)
-    max_file_bytes: int | None = setting(None, _some_bytes_or_none)
+    max_file_bytes: int | None = setting(None, check_count_or_none)
     max_open_files: int = setting(256, check_one_or_more)
     max_pending_events: int = setting(10_000, check_one_or_more)
     processors: tuple[Any, ...] = setting((), _callables)

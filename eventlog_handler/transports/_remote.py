@@ -71,11 +71,6 @@ def text_or_none(name: str, value: Any) -> str | None:
     return None if value is None else check_text(name, value)
 
 
-def count_or_none(name: str, value: Any) -> int | None:
-    """Check a number that may be left out."""
-    return None if value is None else check_one_or_more(name, value)
-
-
 def secret_or_none(name: str, value: Any) -> str | None:
     """Check an option whose value is shown nowhere, not even where it is wrong."""
     if value is None or (isinstance(value, str) and value):
@@ -199,11 +194,11 @@ class RemoteTransport(TransportInterface):
             await self._guarded(lambda c: self._deliver(c, fitting), self.options.timeout_seconds)
         )
         # One error that befell several events stays one, so that it counts once.
-        known: dict[BaseException, Exception] = {}
+        known: dict[int, Exception] = {}
         for index, outcome in enumerate(outcomes):
             answer = next(answers) if outcome is None else None
             if answer is not None:
-                outcomes[index] = known.setdefault(answer, self._translated(answer))
+                outcomes[index] = known.setdefault(id(answer), self._translated(answer))
         if any(isinstance(error, LOST) for error in known.values()):
             self._drop()
         return outcomes

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eventlog_handler._config import check_one_or_more, check_text, setting
+from eventlog_handler._config import (
+    check_count_or_none,
+    check_one_or_more,
+    check_text,
+    setting,
+)
 from eventlog_handler.exceptions import TransportConnectionError, TransportTimeoutError
 from eventlog_handler.transports._remote import (
     Meanings,
     Outcomes,
     RemoteOptions,
     RemoteTransport,
-    count_or_none,
     needs,
 )
 from eventlog_handler.transports._url import Template
@@ -37,7 +41,7 @@ class RedisOptions(RemoteOptions):
     """
 
     stream: str = setting("eventlog", check_text)
-    maxlen: int | None = setting(None, count_or_none)
+    maxlen: int | None = setting(None, check_count_or_none)
     max_event_bytes: int = setting(100_000_000, check_one_or_more)
 
 

@@ -270,6 +270,29 @@ def test_one_error_that_befell_many_stays_one() -> None:
     asyncio.run(send())
 
 
+def test_a_drivers_error_may_be_anything() -> None:
+    """An exception that cannot be hashed, as those that are dataclasses, is told like others."""
+
+    class Unhashable(Exception):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError
+
+    async def send() -> None:
+        transport = ScriptTransport()
+
+        async def answers(batch: Sequence[OutgoingEvent]) -> Outcomes:
+            return [Unhashable("a"), Unhashable("b")]
+
+        transport.answers = answers
+        found = await transport.send_batch(batch_of(b"a", b"b"))
+        assert [str(error) for error in found] == ["Unhashable: a", "Unhashable: b"]
+        await transport.close()
+
+    asyncio.run(send())
+
+
 @pytest.mark.parametrize(("error", "kept"), [(OSError(), False), (KeyError(), True)])
 def test_a_lost_connection_is_not_used_again(error: Exception, kept: bool) -> None:
     """After an outcome that means the connection a new one is opened; one event's own keeps it."""
