@@ -209,7 +209,7 @@ class Settings:
     file_mode: int = setting(0o600, _mode)
     formatter: Any = setting(None, _formatter)
     max_file_bytes: int | None = setting(None, check_count_or_none)
-    max_open_files: int = setting(256, check_one_or_more)
+    max_open_files: int = setting(240, check_one_or_more)
     max_pending_events: int = setting(10_000, check_one_or_more)
     processors: tuple[Any, ...] = setting((), _callables)
     retry_max_delay_seconds: float = setting(60.0, check_seconds)

@@ -17,9 +17,10 @@ import structlog
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-_current: contextvars.ContextVar[tuple[str | None, Mapping[str, Any]]] = contextvars.ContextVar(
+current: contextvars.ContextVar[tuple[str | None, Mapping[str, Any]]] = contextvars.ContextVar(
     "eventlog_handler.session", default=(None, {})
 )
+"""Session and fields of `session_context`."""
 
 delivering: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "eventlog_handler.delivering", default=False
@@ -44,9 +45,12 @@ def silence(names: Iterable[str]) -> None:
 _known: dict[str, bool] = {}
 
 
-def is_silenced(name: str) -> bool:
+def is_silenced(name: Any) -> bool:
     """Return whether a logger, or one above it, was silenced."""
     known = _known
+    if type(name) is not str:
+        # A record that was made by hand may have any name.
+        name = str(name)
     found = known.get(name)
     if found is None:
         if len(known) >= 1000:
@@ -113,14 +117,14 @@ class session_context:  # noqa: N801 - reads as a function, like `contextlib.sup
 
     def __enter__(self) -> session_context:
         """Bind; returns itself."""
-        merged = {**_current.get()[1], **self._fields}
-        self._tokens.append(_current.set((self._session_id, merged)))
+        merged = {**current.get()[1], **self._fields}
+        self._tokens.append(current.set((self._session_id, merged)))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Put back what was bound before."""
         try:
-            _current.reset(self._tokens.pop())
+            current.reset(self._tokens.pop())
         except ValueError:
             # Another context closes it: an async generator's, which some frameworks run their
             # dependencies in. What was bound went with the context that it was bound in.
@@ -170,13 +174,8 @@ def bound_session(field: str) -> str | None:
     Args:
         field: The name that structlog's users bind the session under.
     """
-    session_id = _current.get()[0]
+    session_id = current.get()[0]
     if session_id is not None:
         return session_id
     found = structlog.contextvars.get_contextvars().get(field)
     return None if found is None else str(found)
-
-
-def bound_fields() -> Mapping[str, Any]:
-    """Return the fields of `session_context`."""
-    return _current.get()[1]

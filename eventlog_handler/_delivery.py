@@ -191,6 +191,8 @@ class Delivery:
         Returns:
             The same, as `decide` and `when` take it.
         """
+        if not self._senders and written.outbox is not None:
+            return written
         with self._lock:
             if written.outbox is None:
                 # Without a file that is read back, numbers stand in the place of its bytes.

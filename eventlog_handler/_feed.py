@@ -16,6 +16,7 @@ from eventlog_handler._config import (
 )
 from eventlog_handler._context import captures
 from eventlog_handler._listener import FULL_PAUSE_SECONDS, Listener
+from eventlog_handler._snapshot import record_fields
 from eventlog_handler.session_logger import EventSessionLogger
 from eventlog_handler.typing import EncodedEvent, EventFields
 
@@ -46,6 +47,7 @@ class Feed:
         # Before any event: from 3.12 on no thread can be started once the interpreter ends.
         self.gateway._delivery.start()
         self._listener = listener
+        self._intake = self.gateway._intake
         self._owned = owned
         block = handoff["overflow"] == "block"
         self._block_seconds = handoff["block_timeout_seconds"] if block else 0.0
@@ -55,6 +57,21 @@ class Feed:
         listener.users += 1
         self._release = weakref.finalize(self, _release, listener, owned)
         self._release.atexit = False
+
+    def put_record(self, record: logging.LogRecord) -> None:
+        """Snapshot a record and hand it off."""
+        intake, event = self._intake, None
+        if not (self._closed or self.gateway._closed):
+            # Arguments that do not fit their format string: the long way knows what to do.
+            try:
+                event = intake.of_record(record)
+            except Exception:
+                event = None
+        if event is None:
+            session_id = getattr(record, intake.session_field, None)
+            self.put(record_fields(record), record.created, record.levelno, session_id)
+        elif self._sync_level is not None or not self._listener.put(event):
+            self._hand_off(event, record.levelno)
 
     def put(
         self,
@@ -73,19 +90,23 @@ class Feed:
             session_id: Where it is known apart from the fields.
             complete: Whether a missing session id is added to the fields.
         """
-        gateway = self.gateway
-        if gateway._closed or (self._closed and not self._late):
-            gateway._report.drop("closed")
+        intake, report = self._intake, self.gateway._report
+        if self.gateway._closed or (self._closed and not self._late):
+            report.drop("closed")
             return
-        session_id = gateway._intake.session_of(fields, session_id)
+        session_id = intake.session_of(fields, session_id)
         if session_id is None and self._ignore_unknown:
-            gateway._report.drop("no_session")
+            report.drop("no_session")
             return
-        event = gateway._intake.snapshot(fields, session_id, seconds, complete)
+        event = intake.snapshot(fields, session_id, seconds, complete)
+        if event is not None and not captures:
+            self._hand_off(event, level)
+
+    def _hand_off(self, event: EncodedEvent, level: int) -> None:
         sync = self._sync_level
         # A record that was made by hand may have no level.
         sync = sync is not None and bool(level) and level >= sync
-        if event is not None and not captures and not self._listener.put(event, sync):
+        if not self._listener.put(event, sync):
             self._wait_for_room(event, sync)
 
     def _wait_for_room(self, event: EncodedEvent, sync: bool) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 
 from eventlog_handler._config import Settings
-from eventlog_handler._context import bound_fields, bound_session, captures
+from eventlog_handler._context import bound_session, captures, current
 from eventlog_handler._encode import as_text, encode, encode_and_load, new_id, timestamp
 from eventlog_handler._report import Report
-from eventlog_handler._snapshot import event_fields
+from eventlog_handler._snapshot import event_fields, usual_fields
 from eventlog_handler.exceptions import SerializationError
 from eventlog_handler.redact import drop_system_prompt
 from eventlog_handler.typing import EncodedEvent, EventFields
@@ -37,7 +38,7 @@ class Intake:
 
     def use_settings(self, settings: Settings) -> None:
         """Go by other options from now on."""
-        self._settings = settings
+        self.session_field = settings.session_id_field
         prompt = () if settings.include_system_prompt else (drop_system_prompt,)
         self._processors = (*prompt, *settings.processors)
 
@@ -57,7 +58,7 @@ class Intake:
             fields: The event's.
             found: Where it is known apart from them.
         """
-        name = self._settings.session_id_field
+        name = self.session_field
         if found is None:
             found = fields.get(name)
         if found is None:
@@ -75,7 +76,7 @@ class Intake:
             seconds: Unix time of the call.
             complete: Whether a missing `session_id` is added, or a formatter has decided.
         """
-        bound = bound_fields()
+        _, bound = current.get()
         if bound:
             for name, value in bound.items():
                 fields.setdefault(name, value)
@@ -93,6 +94,25 @@ class Intake:
         if type(kind) is not str:
             kind = as_text(kind)
         return _event((session_id, kind, new_id(), timestamp(seconds), body))
+
+    def of_record(self, record: logging.LogRecord) -> EncodedEvent | None:
+        """Encode a record the short way; None where it has to go the long one.
+
+        The same as `record_fields` and `snapshot` for what most records are, without what those
+        ask for the others: two thirds of the time.
+        """
+        fields = usual_fields(record)
+        if fields is None or self._processors or captures:
+            return None
+        bound_id, bound = current.get()
+        session_id = record.__dict__.get(self.session_field, bound_id)
+        kind = fields["type"]
+        if bound or type(session_id) is not str or type(kind) is not str:
+            return None
+        if fields["session_id"] is None:
+            fields["session_id"] = session_id
+        body = encode(fields)
+        return _event((session_id, kind, new_id(), timestamp(record.created), body))
 
     def _process(self, fields: EventFields) -> Mapping[str, Any] | None:
         """Run the processors on a copy that shares nothing with the application's objects."""

@@ -22,6 +22,8 @@ from eventlog_handler.typing import EncodedEvent
 
 BATCH = 1000
 """Events taken at once: beside a computing thread each wake-up costs milliseconds, not events."""
+RELEASE = 100
+"""Events that are written before the hand-off hears of it: a call for each costs as much again."""
 RETRY_SECONDS = 0.2
 RECOVERY_SECONDS = 30.0
 """Between two looks for what dead processes left."""
@@ -46,6 +48,7 @@ class Listener:
         self._recover_at = 0.0
         self._kept: dict[str | None, list[EncodedEvent]] = {}
         self._unsynced: dict[str | None, list[EncodedEvent]] = {}
+        self._done: list[EncodedEvent] = []
         self._failing = False
         self._running = False
         self._ending = False
@@ -210,8 +213,13 @@ class Listener:
         else:
             time.sleep(timeout_seconds)
         self._failing = False
-        for session_id in list(self._kept):
-            self._write(session_id, self._kept[session_id])
+        try:
+            for session_id in list(self._kept):
+                self._write(session_id, self._kept[session_id])
+                if len(self._done) >= RELEASE:
+                    self._release()
+        finally:
+            self._release()
         for session_id in list(self._unsynced):
             self._sync(session_id, self._unsynced[session_id])
         if marker is not None:
@@ -225,7 +233,7 @@ class Listener:
                 if self._handoff.must_sync(events[:count]):
                     self._unsynced.setdefault(session_id, []).extend(events[:count])
                 else:
-                    self._handoff.written(events[:count])
+                    self._done += events[:count]
                 del events[:count]
             except OSError as error:
                 # A full disk, a directory replaced by a link: other sessions may be better off.
@@ -237,9 +245,13 @@ class Listener:
                 # A defect of ours: the event that shows it must not block all after it.
                 report.local(error, "session file")
                 report.drop_untold("internal_error", session_id)
-                self._handoff.written(events[:1])
-                del events[0]
+                self._done.append(events.pop(0))
         del self._kept[session_id]
+
+    def _release(self) -> None:
+        """Have the hand-off let go of what is written."""
+        done, self._done = self._done, []
+        self._handoff.written(done)
 
     def _sync(self, session_id: str | None, events: list[EncodedEvent]) -> None:
         """Have written events on the disk before the journal lets go of them."""
@@ -358,6 +370,7 @@ class Listener:
         self._recover_at = time.monotonic() + RECOVERY_SECONDS
         self._kept = {}
         self._unsynced = {}
+        self._done = []
         self._running = False
         self._starting = threading.Lock()
         self._consuming = threading.Lock()

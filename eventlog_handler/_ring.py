@@ -1,7 +1,8 @@
 """The journal's ring: how events stand in a mapped file, and how they are found again.
 
 A store into a shared mapping is in the page cache at once, so it is there after `kill -9` without a
-system call on the caller's side. Layout, in little-endian 64-bit words:
+system call on the caller's side. Layout, in 64-bit words, little-endian but for the head, which is
+in the machine's own order:
 
 ```
 0      header: magic, capacity, nonce, checksum      a second copy lies at 512
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import itertools
 import struct
+import sys
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from eventlog_handler.typing import EncodedEvent
@@ -52,13 +55,16 @@ def pack(event: EncodedEvent) -> bytes:
     session_id, kind, unique, timestamp, body = event
     session = session_id or ""
     text = f"{unique}{timestamp}{kind}{session}"
-    raw = text.encode("utf-8", "surrogatepass")
     of_kind, of_session = len(kind), len(session)
-    if len(raw) != len(text):
+    if text.isascii():
+        raw = text.encode()
+    else:
+        raw = text.encode("utf-8", "surrogatepass")
         of_kind = len(kind.encode("utf-8", "surrogatepass"))
         of_session = len(session.encode("utf-8", "surrogatepass"))
-    known = -1 if session_id is None else of_session
-    return _PAYLOAD.pack(len(unique), len(timestamp), of_kind, known) + raw + body
+    if session_id is None:
+        of_session = -1
+    return _PAYLOAD.pack(len(unique), len(timestamp), of_kind, of_session) + raw + body
 
 
 def unpack(payload: bytes) -> EncodedEvent:
@@ -95,6 +101,7 @@ class Ring:
 
     def __init__(self, buffer: memoryview, nonce: int, note: bytes = b"") -> None:
         self.buffer = buffer
+        self._head = buffer[_HEAD : _HEAD + 8].cast("Q")
         self._nonce = nonce
         self.capacity = len(buffer) - HEADER_BYTES
         self.head = self.tail = 0
@@ -112,36 +119,37 @@ class Ring:
     def append(self, payload: bytes) -> tuple[int, int] | None:
         """Write a record; return where it begins and ends, or None where there is no room.
 
-        It counts from its second word on, which is written last. What is cut off before that, by a
-        kill or by an exception, is overwritten by the next.
+        It counts once its checksum fits what stands behind it, in whatever order the bytes arrive.
+        What a kill or an exception cuts off before that is overwritten by the next.
         """
-        capacity, start = self.capacity, self.head
-        size = 16 + (len(payload) + ALIGN - 1 & -ALIGN)
-        left = capacity - start % capacity
-        record_at = start if size <= left else start + left
-        end = record_at + size
+        capacity, begin = self.capacity, self.head
+        size = len(payload) + 31 & -ALIGN  # as `space`, without the call
+        left = capacity - begin % capacity
+        position = begin if size <= left else begin + left
+        end = position + size
         if end - self.tail > capacity:
             return None
-        if record_at != start:
-            self._write(start, b"")
-        self._write(record_at, payload)
-        self.buffer[_HEAD : _HEAD + 8] = _WORD.pack(end)
-        self.head = end
-        return start, end
+        if position != begin:
+            self._write(begin, b"")
+        self._write(position, payload)
+        self._head[0] = self.head = end
+        return begin, end
 
     def _write(self, position: int, payload: bytes) -> None:
         at = HEADER_BYTES + position % self.capacity
-        buffer = self.buffer
-        buffer[at + 16 : at + 16 + len(payload)] = payload
-        buffer[at : at + 8] = _WORD.pack(position ^ self._nonce)
-        buffer[at + 8 : at + 16] = _WORD.pack(_check(position, payload))
+        record = _WORDS.pack(position ^ self._nonce, _check(position, payload)) + payload
+        self.buffer[at : at + len(record)] = record
 
     def done(self, begin: int, end: int) -> None:
         """Let go of a record; its room is free once all before it are done too."""
-        self._done[begin] = end
-        tail = self.tail
-        while tail in self._done:
-            tail = self._done.pop(tail)
+        self.all_done([(begin, end)])
+
+    def all_done(self, regions: Iterable[tuple[int, int]]) -> None:
+        """Let go of records, given by where they begin and end, and note it once."""
+        done, tail = self._done, self.tail
+        done.update(regions)
+        while tail in done:
+            tail = done.pop(tail)
         if tail != self.tail:
             self._advance(tail)
 
@@ -155,7 +163,12 @@ class Ring:
         # Both slots: an older one would tell of records in the stretch that is left out.
         for _ in _TAILS:
             self._advance(self.head)
-        self.buffer[_HEAD : _HEAD + 8] = _WORD.pack(self.head)
+        self._head[0] = self.head
+
+    def release(self) -> None:
+        """Let go of the buffer."""
+        self._head.release()
+        self.buffer.release()
 
     def _advance(self, position: int) -> None:
         # In turns, so that one of the two slots is whole whenever the process dies.
@@ -181,7 +194,7 @@ def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
     capacity, nonce = header
     # What a cut took off reads as never written.
     content = content.ljust(HEADER_BYTES + capacity, b"\0")
-    head = _WORD.unpack_from(content, _HEAD)[0]
+    head = int.from_bytes(content[_HEAD : _HEAD + 8], sys.byteorder)
     position, sure = _read_tail(content)
     if not sure and position + capacity < head <= position + 2 * capacity:
         # An older tail, part of whose lap is overwritten.

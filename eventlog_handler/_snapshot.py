@@ -30,6 +30,8 @@ _STANDARD = frozenset(_NAMES) | {
     "_record",
     "_from_structlog",
 }
+_TAKEN = _STANDARD | {"event_type", "type", "level", "logger"}
+"""Names of extras that decide something, or that an event has already."""
 
 
 def record_fields(record: logging.LogRecord) -> EventFields:
@@ -38,7 +40,8 @@ def record_fields(record: logging.LogRecord) -> EventFields:
     A message that is itself a mapping, model, dataclass or attrs object is the event, and gets
     the rest beside its own fields; only `extra["event_type"]` beats its `type`.
     """
-    extras = _extras(record.__dict__)
+    held = record.__dict__
+    extras = {name: held[name] for name in list(held) if name not in _STANDARD}
     kind = extras.pop("event_type", None)
     if kind is None:
         kind = extras.pop("type", None)
@@ -51,19 +54,20 @@ def record_fields(record: logging.LogRecord) -> EventFields:
             "logger": record.name,
             "message": _message(record),
         }
-    elif "_name" in record.__dict__:
-        fields = structlog_fields(content, record.__dict__["_name"], record.name)
+    elif "_name" in held:
+        fields = structlog_fields(content, held["_name"], record.name)
     else:
         fields = dict(content)
         fields["type"] = kind or fields.get("type") or "log"
         fields.setdefault("level", record.levelname)
         fields.setdefault("logger", record.name)
-    merged = fields | extras
-    if len(merged) == len(fields) + len(extras) - ("session_id" in extras):
-        fields = merged
-    else:
-        for name, value in extras.items():
-            _add(fields, name, value)
+    for name, value in extras.items():
+        _add(fields, name, value)
+    _add_traces(fields, record)
+    return fields
+
+
+def _add_traces(fields: EventFields, record: logging.LogRecord) -> None:
     if record.exc_info:
         _put_exception(fields, _exception(record.exc_info))
     elif record.exc_text:
@@ -72,25 +76,42 @@ def record_fields(record: logging.LogRecord) -> EventFields:
         _put_exception(fields, traced)
     if record.stack_info:
         _add(fields, "stack_info", record.stack_info)
-    return fields
 
 
-def _extras(held: dict[str, Any]) -> EventFields:
-    """Return what was added to a record."""
+def usual_fields(record: logging.LogRecord) -> EventFields | None:
+    """Return the same for a record as most are, in a third of the time; None for any other."""
+    held, text, args = record.__dict__, record.msg, record.args
     names = list(held)
     # The standard ones come first, in the order in which a record is made; if the first and the
     # last of them are in their places, so are the others.
-    if names[:_COUNT:_SPAN] == _ENDS:
-        names = names[_COUNT:]
-    return {name: held[name] for name in names if name not in _STANDARD}
+    if (
+        type(text) is not str
+        or type(record) is not logging.LogRecord
+        or names[:_COUNT:_SPAN] != _ENDS
+        or record.exc_info
+        or record.exc_text
+        or record.stack_info
+    ):
+        return None
+    fields: EventFields = {
+        "type": "log",
+        "session_id": None,
+        "level": record.levelname,
+        "logger": record.name,
+        "message": text % args if args else text,
+    }
+    for name in names[_COUNT:]:
+        if name not in _TAKEN:
+            fields[name] = held[name]
+        elif name == "event_type":
+            fields["type"] = held[name] or "log"
+        elif name not in _STANDARD:
+            return None
+    return fields
 
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        msg = record.msg
-        if type(msg) is str and type(record) is logging.LogRecord:
-            # As its `getMessage`, without the call.
-            return msg % record.args if record.args else msg
         return record.getMessage()
     except Exception as error:
         # Arguments that do not fit their format string: logging's own handlers lose the record.
@@ -123,11 +144,15 @@ def structlog_fields(event_dict: Mapping[str, Any], method: str, logger: str | N
         logger: The name of the wrapped logger, where it has one.
     """
     fields: EventFields = {"type": "log", "session_id": None}
-    fields["level"] = {"exception": "error", "warn": "warning", "msg": "info"}.get(method, method)
+    fields["level"] = _METHODS.get(method, method)
     if logger is not None:
         fields["logger"] = logger
     fields["message"] = event_dict.get("event")
-    fields |= {k: v for k, v in event_dict.items() if k not in _STRUCTLOG_ONLY}
+    if _STRUCTLOG_ONLY.isdisjoint(event_dict):
+        fields |= event_dict
+        fields.pop("event", None)
+        return fields
+    fields |= {k: v for k, v in event_dict.items() if k != "event" and k not in _STRUCTLOG_ONLY}
     if "message" in event_dict:
         _add(fields, "message", event_dict["message"])
     fields["type"] = event_dict.get("event_type") or fields["type"]
@@ -137,8 +162,9 @@ def structlog_fields(event_dict: Mapping[str, Any], method: str, logger: str | N
     return fields
 
 
+_METHODS = {"exception": "error", "warn": "warning", "msg": "info"}
+"""Those of structlog's loggers that are no level's name."""
 _STRUCTLOG_ONLY = {
-    "event",
     "event_type",
     "message",
     "exc_info",

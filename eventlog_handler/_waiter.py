@@ -10,6 +10,9 @@ from collections.abc import AsyncIterator, Callable
 
 import anyio
 
+TURN_SECONDS = 0.001
+"""The longest that a task which only logs keeps others from running; a turn costs half an event."""
+
 
 class Waiter:
     """Lets a call wait, on its own loop, until each transport has decided."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from eventlog_handler._context import delivering, is_silenced, is_teed, teed
 from eventlog_handler._feed import Feed
-from eventlog_handler._snapshot import json_object, record_fields
+from eventlog_handler._snapshot import json_object
 from eventlog_handler.session_logger import EventSessionLogger
-from eventlog_handler.typing import EventFields, FlushReceipt, Stats
+from eventlog_handler.typing import FlushReceipt, Stats
 
 
 class EventLogHandler(logging.Handler):
@@ -80,21 +80,14 @@ class EventLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Snapshot the record and hand it off."""
         try:
-            # A record that was made by hand may have any name.
-            name = record.name if type(record.name) is str else str(record.name)
-            if delivering.get() or is_silenced(name) or (teed and self._is_teed()):
+            if delivering.get() or is_silenced(record.name) or (teed and self._is_teed()):
                 return
-            formatter, decided = self.formatter, None
+            formatter = self.formatter
             # The plain class makes no JSON, and `basicConfig` sets one where there is none.
-            if formatter is not None and type(formatter) is not logging.Formatter:
-                decided = self._decided(formatter, record)
-            self._feed.put(
-                record_fields(record) if decided is None else decided,
-                record.created,
-                record.levelno,
-                getattr(record, self.gateway._settings.session_id_field, None),
-                decided is None,
-            )
+            if formatter is None or type(formatter) is logging.Formatter:
+                self._feed.put_record(record)
+            else:
+                self._put_decided(formatter, record)
         except Exception as error:
             self.gateway._report.local(error, "emit")
             self.gateway._report.drop("internal_error")
@@ -103,16 +96,19 @@ class EventLogHandler(logging.Handler):
         """Whether it is an event that our processor has taken already."""
         return is_teed(self.gateway._settings.log_base_dir)
 
-    def _decided(
-        self, formatter: logging.Formatter, record: logging.LogRecord
-    ) -> EventFields | None:
-        """Return the event's fields where a formatter makes a JSON object."""
+    def _put_decided(self, formatter: logging.Formatter, record: logging.LogRecord) -> None:
+        """Take the event's fields from a formatter that makes a JSON object."""
+        fields = None
         try:
-            return json_object(formatter.format(record))
+            fields = json_object(formatter.format(record))
         except Exception as error:
             # A value that the formatter's encoder refuses; ours refuses none.
             self.gateway._report.local(error, "formatter")
-            return None
+        if fields is None:
+            self._feed.put_record(record)
+        else:
+            session_id = getattr(record, self.gateway._settings.session_id_field, None)
+            self._feed.put(fields, record.created, record.levelno, session_id, complete=False)
 
     def flush(  # type: ignore[override]  # `logging` itself ignores what it returns
         self, session_id: str | None = None, until: str = "file", timeout: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
@@ -118,6 +119,7 @@ class EventLogProcessor:
         self._feed.close(late=False)
 
 
+@functools.lru_cache(maxsize=100)
 def _level(method_name: str) -> int:
     # `exception` has no level of its own.
     level = getattr(logging, method_name.upper(), logging.ERROR)

@@ -26,7 +26,7 @@ from eventlog_handler._downstream import Callback
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._intake import Intake
 from eventlog_handler._report import Report
-from eventlog_handler._waiter import Turns, Waiter
+from eventlog_handler._waiter import TURN_SECONDS, Turns, Waiter
 from eventlog_handler.exceptions import (
     EventSessionLoggerError,
     LocalLoggingError,
@@ -143,7 +143,7 @@ class EventSessionLogger:
         self._listener: DrainedBeforeClose | None = None
         self._closed = False
         self._passed = self._calls = self._received = 0
-        self._overhead = self._overhead_max = self._direct = 0.0
+        self._overhead = self._overhead_max = self._direct = self._turn_at = 0.0
         self._apply(settings, None)
         self._delivery.use_transports(transports)
         weakref.finalize(self, self._delivery.close_soon).atexit = False
@@ -221,12 +221,13 @@ class EventSessionLogger:
             raise EventSessionLoggerError("the gateway is closed: it takes no more events")
         started = time.perf_counter()
         fields = self._intake.read(event)
-        session_id = self._intake.session_of(fields)
-        encoded = self._intake.snapshot(fields, session_id, time.time())
+        encoded = self._intake.snapshot(fields, self._intake.session_of(fields), time.time())
         if captures:
             return encoded is not None
         written = None if encoded is None else self._write_one(encoded)
-        self._note_overhead(time.perf_counter() - started)
+        spent = time.perf_counter() - started
+        self._calls, self._overhead = self._calls + 1, self._overhead + spent
+        self._overhead_max = max(self._overhead_max, spent)
         callback = self._callback
         if callback is None or not await self._call_back(callback, event, written):
             await self._wait(written)
@@ -266,10 +267,6 @@ class EventSessionLogger:
         """Do the same for events that nobody awaits: the listener's way in."""
         return self._write(session_id, events, self._delivery.hand_over)
 
-    def _note_overhead(self, seconds: float) -> None:
-        self._calls, self._overhead = self._calls + 1, self._overhead + seconds
-        self._overhead_max = max(self._overhead_max, seconds)
-
     async def _wait(self, written: Written | None) -> None:
         """Wait until the transports have an event, if they are well, and not for long."""
         seconds = self._settings.downstream_wait_seconds
@@ -277,8 +274,10 @@ class EventSessionLogger:
             waiter = Waiter()
             waiter.expect(self._delivery.when(written, waiter.released))
             await waiter.wait(seconds)
-        else:  # Other tasks have their turn, and a cancellation comes through, all the same.
+        elif time.perf_counter() > self._turn_at:
+            # Other tasks have their turn, and a cancellation comes through, all the same.
             await lowlevel.checkpoint()
+            self._turn_at = time.perf_counter() + TURN_SECONDS
 
     async def _call_back(self, callback: Callback, event: Any, written: Written | None) -> bool:
         """Give the live event to the callback; what it does not take goes to the transports."""

@@ -40,9 +40,10 @@ class EncodedEvent(NamedTuple):
         Args:
             seq: The event's number within its file, from 1; None where there is no file.
         """
-        number = b"" if seq is None else b'"seq":%d,' % seq
-        head = f'{{"timestamp":"{self.timestamp}","id":"{self.id}",'.encode()
-        return b'%b%b"event":%b}' % (head, number, self.body)
+        _, _, unique, timestamp, body = self
+        number = "" if seq is None else f'"seq":{seq},'
+        head = f'{{"timestamp":"{timestamp}","id":"{unique}",{number}"event":'
+        return head.encode() + body + b"}"
 
 
 class OutgoingEvent(NamedTuple):

@@ -61,7 +61,7 @@ DEFAULTS = {
     "file_mode": 0o600,
     "formatter": None,
     "max_file_bytes": None,
-    "max_open_files": 256,
+    "max_open_files": 240,
     "max_pending_events": 10_000,
     "processors": (),
     "retry_max_delay_seconds": 60.0,

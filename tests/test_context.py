@@ -26,13 +26,13 @@ from eventlog_handler import (
     _context,
     session_context,
 )
-from eventlog_handler._context import bound_fields, bound_session, is_teed, tee
+from eventlog_handler._context import bound_session, current, is_teed, tee
 from tests.conftest import events_of
 
 
 def seen() -> tuple[str | None, dict[str, Any]]:
     """Return the session and the fields that a call made here would get."""
-    return bound_session("session_id"), dict(bound_fields())
+    return bound_session("session_id"), dict(current.get()[1])
 
 
 NOTHING: tuple[None, dict[str, Any]] = (None, {})

@@ -6,6 +6,7 @@ import enum
 import json
 import subprocess
 import sys
+import tracemalloc
 import uuid
 from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Iterator
@@ -522,3 +523,16 @@ def test_no_value_makes_us_import_anything(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("value", [1, {1: 2}, 2**70])
+def test_encoded_events_take_no_more_memory_than_they_are_long(value: Any) -> None:
+    """The buffer in which JSON was made, 4 kB or more, does not stay with an event that waits."""
+    encode({"value": value})
+    tracemalloc.start()
+    try:
+        kept = [encode({"value": value}) for _ in range(1000)]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 200 * len(kept)

@@ -404,7 +404,7 @@ def test_emit_never_raises(make_handler: Make, logger: logging.Logger) -> None:
     heard: list[str] = []
     handler = make_handler(error_handler=lambda error, context: heard.append(context))
     logger.addHandler(handler)
-    handler._feed.put = None  # type: ignore[method-assign,assignment]
+    handler._feed.put_record = None  # type: ignore[method-assign,assignment]
     logger.info("hello", extra=S1)
     assert heard == ["emit"]
     assert handler.stats().dropped == {"internal_error": 1}

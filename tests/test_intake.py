@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from eventlog_handler import (
 from eventlog_handler._config import resolve
 from eventlog_handler._intake import Intake
 from eventlog_handler._report import Report
+from eventlog_handler._snapshot import record_fields
 from eventlog_handler.redact import drop_system_prompt
 from eventlog_handler.testing import capture_events
 from tests.conftest import events_of
@@ -120,6 +122,59 @@ def test_type_is_text(fields: dict[str, Any], kind: str) -> None:
     encoded = intake().snapshot(fields, None, 0.0)
     assert encoded is not None
     assert encoded.type == kind
+
+
+def record(**extra: Any) -> logging.LogRecord:
+    """Return a record with some extras."""
+    return logging.makeLogRecord({"msg": "hello %s", "args": ("you",), "n": 1, **extra})
+
+
+@pytest.mark.parametrize(
+    ("extra", "options"),
+    [
+        ({"session_id": "s"}, {}),
+        ({"session_id": ""}, {}),
+        ({"session_id": "s", "event_type": "step"}, {}),
+        ({"session_id": "no", "conversation": "yes"}, {"session_id_field": "conversation"}),
+        ({"conversation": "yes"}, {"session_id_field": "conversation"}),
+        ({}, {"session_id_field": "threadName"}),
+    ],
+)
+def test_the_short_way_of_a_record_leads_where_the_long_one_does(
+    extra: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """A usual record is the same event, without what the long way asks for other ones."""
+    taken, given = intake(**options), record(**extra)
+    session_id = getattr(given, taken.session_field, None)
+    long = taken.snapshot(record_fields(given), session_id, given.created)
+    short = taken.of_record(given)
+    assert short is not None
+    assert long is not None
+    assert short._replace(id="") == long._replace(id="")
+
+
+def test_the_short_way_knows_the_bound_session() -> None:
+    """A record without a session is the bound one's, also on the short way."""
+    with session_context("bound"):
+        found = intake().of_record(record())
+    assert found is not None
+    assert (found.session_id, orjson.loads(found.body)["session_id"]) == ("bound", "bound")
+
+
+@pytest.mark.parametrize("extra", [{}, {"session_id": 7}, {"session_id": "s", "event_type": 7}])
+def test_other_records_go_the_long_way(extra: dict[str, Any]) -> None:
+    """What has no session of its own, or what is to be text and is none, is not decided shortly."""
+    assert intake().of_record(record(**extra)) is None
+
+
+def test_records_go_the_long_way_where_more_is_to_be_done() -> None:
+    """Processors, captures and bound fields are the long way's."""
+    given = record(session_id="s")
+    assert intake(processors=[redact_keys("key")]).of_record(given) is None
+    with session_context("s", agent="a"):
+        assert intake().of_record(given) is None
+    with capture_events():
+        assert intake().of_record(given) is None
 
 
 def test_unknown_session_is_not_added() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import logging
 import mmap
 import os
@@ -248,17 +249,20 @@ def test_without_room_for_the_second_ring_the_first_goes_too(
 # Interrupted calls
 
 
+STORES = ["buffer", "_head"]
+"""Where a ring stores: a record, then its head."""
+
+
 class Interrupting:
-    """A buffer that calls something before its n-th store."""
+    """A buffer that calls something before its first store."""
 
-    def __init__(self, buffer: memoryview, store: int, call: Callable[[], object]) -> None:
-        self._buffer, self._left, self._call = buffer, store, call
+    def __init__(self, buffer: memoryview, call: Callable[[], object]) -> None:
+        self._buffer, self._calls = buffer, [call]
 
-    def __setitem__(self, at: slice, data: bytes) -> None:
-        """Store, after the call when it is time."""
-        self._left -= 1
-        if self._left == 0:
-            self._call()
+    def __setitem__(self, at: Any, data: Any) -> None:
+        """Store, after the call when it is the first."""
+        if self._calls:
+            self._calls.pop()()
         self._buffer[at] = data
 
     def release(self) -> None:
@@ -266,8 +270,8 @@ class Interrupting:
         self._buffer.release()
 
 
-@pytest.mark.parametrize("store", [1, 2, 3, 4])
-def test_a_call_inside_another_is_safe(make_handoff: MakeHandoff, own: Path, store: int) -> None:
+@pytest.mark.parametrize("store", STORES)
+def test_a_call_inside_another_is_safe(make_handoff: MakeHandoff, own: Path, store: str) -> None:
     """A signal handler that logs in the middle of any store finds a ring, and both events count."""
     handoff, outer, inner = make_handoff(), event(b"outer"), event(b"inner")
     seen: list[tuple[bool, list[EncodedEvent]]] = []
@@ -278,9 +282,8 @@ def test_a_call_inside_another_is_safe(make_handoff: MakeHandoff, own: Path, sto
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         ring = handoff._rings[0].ring
-        ring.buffer = Interrupting(  # type: ignore[assignment]
-            ring.buffer, store, lambda: signal.raise_signal(signal.SIGUSR1)
-        )
+        call = functools.partial(signal.raise_signal, signal.SIGUSR1)
+        setattr(ring, store, Interrupting(getattr(ring, store), call))
         assert handoff.put(outer)
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -304,15 +307,15 @@ def test_a_third_call_inside_the_second_has_a_file(make_handoff: MakeHandoff, ow
         answers.append(handoff.put(event()))
 
     for mapped, call in zip(handoff._rings, (inner, innermost), strict=True):
-        mapped.ring.buffer = Interrupting(mapped.ring.buffer, 1, call)  # type: ignore[assignment]
+        mapped.ring.buffer = Interrupting(mapped.ring.buffer, call)  # type: ignore[assignment]
     assert handoff.put(event())
     assert answers == [True, True]
     assert len(on_disk(own)) == 3
 
 
-@pytest.mark.parametrize("store", [1, 2, 3, 4])
+@pytest.mark.parametrize("store", STORES)
 def test_a_call_that_is_broken_off_leaves_room(
-    make_handoff: MakeHandoff, own: Path, store: int
+    make_handoff: MakeHandoff, own: Path, store: str
 ) -> None:
     """After Ctrl-C in the middle of a store the ring takes and gives events as before."""
     handoff = make_handoff()
@@ -321,11 +324,11 @@ def test_a_call_that_is_broken_off_leaves_room(
         raise KeyboardInterrupt
 
     ring = handoff._rings[0].ring
-    buffer = ring.buffer
-    ring.buffer = Interrupting(buffer, store, interrupt)  # type: ignore[assignment]
+    buffer = getattr(ring, store)
+    setattr(ring, store, Interrupting(buffer, interrupt))
     with pytest.raises(KeyboardInterrupt):
         handoff.put(event())
-    ring.buffer = buffer
+    setattr(ring, store, buffer)
     after = event()
     assert handoff.put(after)
     assert on_disk(own) == [after]
@@ -373,6 +376,35 @@ def test_nothing_is_reclaimed_while_something_waits(make_handoff: MakeHandoff, o
     handoff.written(events)
     handoff._reclaim()
     assert on_disk(own) == [waiting]
+
+
+def test_a_call_that_interrupts_the_reclaiming_has_a_file(
+    make_handoff: MakeHandoff, own: Path
+) -> None:
+    """What is put while the rings are being cleared is in none of them, and stays."""
+    handoff, inner = make_handoff(), event()
+    ring = handoff._rings[0].ring
+    ring.append(pack(event()))
+    ring.buffer = Interrupting(ring.buffer, lambda: handoff.put(inner))  # type: ignore[assignment]
+    handoff._reclaim()
+    assert on_disk(own) == [inner]
+
+
+def test_a_call_lets_another_thread_out_before_it_waits_for_the_lock(
+    make_handoff: MakeHandoff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a thread is in its critical section the others give it turns, and do not queue up."""
+    handoff, turns = make_handoff(), []
+
+    def turn(seconds: float) -> None:
+        turns.append(seconds)
+        if len(turns) == 3:
+            handoff._depth = 0
+
+    handoff._depth = 1
+    monkeypatch.setattr(_journal.time, "sleep", turn)
+    assert handoff.put(event())
+    assert turns == [0, 0, 0]
 
 
 # On the disk

@@ -23,6 +23,7 @@ from eventlog_handler import (
     _listener,
 )
 from eventlog_handler._handoff import MemoryHandoff
+from eventlog_handler._listener import RELEASE
 from eventlog_handler.testing import RecordingTransport, capture_events
 from tests.conftest import events_of, lines_of
 
@@ -575,3 +576,49 @@ def test_a_failing_recovery_is_told_and_stops_nothing(make_handler: Make, base: 
     handler.flush()
     assert heard == ["recovery"]
     assert [e["message"] for e in events_of(base)] == ["one"]
+
+
+def test_the_handoff_hears_of_written_events_in_stretches(
+    make_handler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sessions are many, the journal is not told of each event by itself."""
+    handler = make_handler()
+    gate = hang_listener(handler)
+    for number in range(2 * RELEASE + 50):
+        handler.handle(record("m", session_id=f"s{number}"))
+    handoff, told = handler._feed._listener._handoff, []
+    written = handoff.written
+
+    def note(events: Any) -> None:
+        told.append(len(events))
+        written(events)
+
+    monkeypatch.setattr(handoff, "written", note)
+    gate.set()
+    assert handler.flush()
+    assert [count for count in told if count] == [1, RELEASE, RELEASE, 50]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_written_is_let_go_of_where_the_thread_dies(make_handler: Make) -> None:
+    """A thread that is ended in mid-batch leaves nothing in the journal that stands in a file."""
+    handler = make_handler()
+    listener, write = handler._feed._listener, handler.gateway._write_and_hand_over
+    gate = hang_listener(handler)
+    for name in ("a", "b"):
+        handler.handle(record("m", session_id=name))
+
+    def dies(session_id: str | None, events: Any) -> int:
+        if session_id == "b":
+            handler.gateway._write_and_hand_over = write  # type: ignore[method-assign]
+            raise SystemExit
+        return write(session_id, events)
+
+    handler.gateway._write_and_hand_over = dies  # type: ignore[method-assign]
+    gate.set()
+    thread = listener._thread
+    assert thread is not None
+    thread.join(30)
+    assert [each.session_id for each in listener._kept["b"]] == ["b"]
+    assert len(listener._handoff._entries) == 1  # type: ignore[attr-defined]
+    assert handler.flush()

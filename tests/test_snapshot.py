@@ -13,6 +13,8 @@ from typing import Any
 import attrs
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eventlog_handler._snapshot import (
     as_record,
@@ -20,6 +22,7 @@ from eventlog_handler._snapshot import (
     json_object,
     record_fields,
     structlog_fields,
+    usual_fields,
 )
 from eventlog_handler.typing import EventFields
 
@@ -121,6 +124,106 @@ def test_extra_that_says_the_same_is_not_told_twice() -> None:
     found = record_fields(record("hi", level="info"))
     assert found["level"] == "INFO"
     assert "level_" not in found
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.just([1, {"a": 2}])
+NAMES = st.sampled_from(
+    [
+        "user",
+        "session_id",
+        "n",
+        "type",
+        "event_type",
+        "level",
+        "logger",
+        "message",
+        "asctime",
+        "exception",
+        "exc_info",
+        "exc_text",
+        "stack_info",
+        "taskName",
+        "_name",
+        "process",
+    ]
+)
+WORDS = st.tuples(st.text(max_size=9), st.just(())) | st.tuples(
+    st.sampled_from(["%s", "%d of %s", "100%", "%(a)s"]),
+    st.sampled_from([(), ("one",), (1, "two"), {"a": 1}]),
+)
+
+
+@given(WORDS, st.dictionaries(NAMES, VALUES, max_size=5))
+@settings(max_examples=2000)
+def test_usual_fields_are_those_of_the_record(
+    words: tuple[str, Any], extras: dict[str, Any]
+) -> None:
+    """The short way leads where the long one does, or nowhere."""
+    message, args = words
+    if isinstance(extras.get("exc_info"), (list, str, int)) and extras["exc_info"]:
+        extras["exc_info"] = (ValueError, ValueError("odd"), None)
+    given_record = logging.makeLogRecord({"msg": message, "args": args, **extras})
+    try:
+        found = usual_fields(given_record)
+    except (TypeError, ValueError, KeyError):
+        # Arguments that do not fit; `Feed.put_record` goes the long way then.
+        return
+    assert found is None or found == record_fields(given_record)
+    if found is not None:
+        assert list(found)[:5] == ["type", "session_id", "level", "logger", "message"]
+
+
+def test_most_records_are_usual() -> None:
+    """A message with arguments, extras and a type of its own is read the short way."""
+    found = usual_fields(record("hello %s", "you", session_id="s1", event_type="step", n=1))
+    assert found == record_fields(
+        record("hello %s", "you", session_id="s1", event_type="step", n=1)
+    )
+    assert found is not None
+
+
+def test_record_that_was_formatted_before_is_usual() -> None:
+    """What another handler's formatter has set on a record costs it the short way no more."""
+    given_record = record(n=1)
+    logging.Formatter("%(asctime)s %(message)s").format(given_record)
+    assert usual_fields(given_record) == record_fields(given_record)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"exc_text": "Traceback …"},
+        {"stack_info": "Stack …"},
+        {"exc_info": (ValueError, ValueError("x"), None)},
+        {"type": "step"},
+        {"level": "high"},
+        {"msg": {"type": "step"}},
+    ],
+)
+def test_other_records_are_not_usual(odd: dict[str, Any]) -> None:
+    """Whatever asks for more than copying goes the long way."""
+    assert usual_fields(logging.makeLogRecord({"msg": "m", **odd})) is None
+
+
+def test_record_whose_attributes_are_out_of_order_is_not_usual() -> None:
+    """Where a standard attribute was taken away and put back, extras cannot be told by place."""
+    odd = record(n=1)
+    name = odd.__dict__.pop("name")
+    odd.name = name
+    assert usual_fields(odd) is None
+    assert record_fields(odd)["n"] == 1
+
+
+def test_record_of_a_class_of_its_own_is_not_usual() -> None:
+    """A record class may format its message in another way (`{}`), and is asked to."""
+
+    class Braces(logging.LogRecord):
+        def getMessage(self) -> str:  # noqa: N802
+            return str(self.msg).format(*(self.args or ()))
+
+    odd = Braces("n", 20, "p", 1, "hello {}", ("you",), None)
+    assert usual_fields(odd) is None
+    assert record_fields(odd)["message"] == "hello you"
 
 
 def test_exception_is_told_with_type_message_and_traceback() -> None:

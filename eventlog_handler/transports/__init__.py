@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any
 
 from eventlog_handler.transports.base import TransportInterface
@@ -89,6 +88,9 @@ def _from_url(url: str) -> Any:
     if scheme in SCHEMES:
         module, _, name = SCHEMES[scheme].partition(":")
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)(url)
+    # Here, as it takes a third of the time in which all of this package is imported.
+    from importlib.metadata import entry_points
+
     found = list(entry_points(group=GROUP, name=scheme))
     if len(found) == 1:
         return found[0].load()(url)
