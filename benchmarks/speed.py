@@ -11,129 +11,14 @@ and `benchmarks.png` into a folder.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# --- What is compared: code that defines `call(n)` and `finish()`, and where the lines are ---
-
-RECORD = """
-import logging
-log = logging.getLogger("bench"); log.setLevel(20); log.propagate = False
-def call(n):
-    log.info("token %d of %s", n, "answer",
-             extra={"session_id": "chat-42", "user": "ada", "n": n, "model": "m1", "ok": True})
-def finish(): pass
-"""
-OURS = """
-from eventlog_handler import EventLogHandler
-handler = EventLogHandler(log_base_dir=folder, durability="DURABILITY", block_timeout_seconds=60)
-log.addHandler(handler)
-def finish(): assert handler.flush(timeout=600)
-"""
-JSON_FILE = """
-from pythonjsonlogger.orjson import OrjsonFormatter
-file = logging.FileHandler(folder + "/log.jsonl"); file.setFormatter(OrjsonFormatter())
-"""
-CHAIN = """
-import logging, orjson, structlog
-def configure(last, factory):
-    structlog.configure([
-        structlog.contextvars.merge_contextvars, structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.format_exc_info,
-        last], wrapper_class=structlog.make_filtering_bound_logger(20),
-        logger_factory=factory, cache_logger_on_first_use=True)
-log = structlog.get_logger()
-def call(n):
-    log.info("token", session_id="chat-42", user="ada", n=n, model="m1", ok=True)
-def finish(): pass
-"""
-SUBJECTS = {
-    "floor (NullHandler)": RECORD + "log.addHandler(logging.NullHandler())",
-    "ours, memory": RECORD + OURS.replace("DURABILITY", "memory"),
-    "ours, process": RECORD + OURS.replace("DURABILITY", "process"),
-    "ours, disk": RECORD + OURS.replace("DURABILITY", "disk"),
-    "QueueHandler + QueueListener": RECORD
-    + JSON_FILE
-    + """
-import logging.handlers, queue
-q = queue.Queue(-1); listener = logging.handlers.QueueListener(q, file); listener.start()
-log.addHandler(logging.handlers.QueueHandler(q))
-def finish(): listener.stop()
-""",
-    "FileHandler": RECORD + JSON_FILE + "log.addHandler(file)",
-    "concurrent-log-handler": RECORD
-    + JSON_FILE
-    + """
-from concurrent_log_handler import ConcurrentRotatingFileHandler
-file = ConcurrentRotatingFileHandler(folder + "/log.jsonl"); file.setFormatter(OrjsonFormatter())
-log.addHandler(file)
-""",
-    "loguru, file": """
-from loguru import logger
-logger.remove(); logger.add(folder + "/log.jsonl", serialize=True)
-bound = logger.bind(session_id="chat-42", user="ada", model="m1", ok=True)
-def call(n): bound.info("token {} of {}", n, "answer", n=n)
-def finish(): logger.complete()
-""",
-    "loguru, enqueue": """
-from loguru import logger
-logger.remove(); logger.add(folder + "/log.jsonl", serialize=True, enqueue=True)
-bound = logger.bind(session_id="chat-42", user="ada", model="m1", ok=True)
-def call(n): bound.info("token {} of {}", n, "answer", n=n)
-def finish(): logger.complete()
-""",
-    "picologging, file": """
-import picologging
-log = picologging.getLogger("bench"); log.setLevel(20)
-log.addHandler(picologging.FileHandler(folder + "/log.txt"))
-def call(n): log.info("token %d of %s %s %s %s %s", n, "answer", "chat-42", "ada", "m1", True)
-def finish(): pass
-""",
-    "OpenTelemetry, batch": RECORD
-    + """
-import warnings; warnings.simplefilter("ignore")
-from opentelemetry.sdk._logs import LoggerProvider, LoggingHandler
-from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, ConsoleLogRecordExporter
-provider = LoggerProvider()
-out = open(folder + "/log.jsonl", "w")
-provider.add_log_record_processor(BatchLogRecordProcessor(ConsoleLogRecordExporter(out=out)))
-log.addHandler(LoggingHandler(logger_provider=provider))
-def finish(): provider.shutdown()
-""",
-    "python-logstash-async": RECORD
-    + """
-from logstash_async.handler import AsynchronousLogstashHandler
-log.addHandler(AsynchronousLogstashHandler("127.0.0.1", 1, database_path=folder + "/log.db"))
-""",
-    "structlog, floor": CHAIN
-    + """
-def drop(logger, method, event): raise structlog.DropEvent
-configure(drop, structlog.ReturnLoggerFactory())
-""",
-    "structlog, orjson to a file": CHAIN
-    + """
-configure(structlog.processors.JSONRenderer(serializer=orjson.dumps),
-          structlog.BytesLoggerFactory(file=open(folder + "/log.jsonl", "wb")))
-""",
-    "structlog, ours": CHAIN
-    + """
-from eventlog_handler import EventLogProcessor
-last = EventLogProcessor(passthrough=False, log_base_dir=folder)
-configure(last, structlog.ReturnLoggerFactory())
-def finish(): assert last.flush(timeout=600)
-""",
-}
-CALLERS = [name for name in SUBJECTS if not name.startswith("structlog")]
-CHAINS = [name for name in SUBJECTS if name.startswith("structlog")]
-BESIDE = ["floor (NullHandler)", "ours, process", "QueueHandler + QueueListener", "FileHandler"]
+import load
+from subjects import BESIDE, CALLERS, CHAINS, SUBJECTS, Table, alternate, child
 
 # --- What is measured: the rest of a child, which prints one JSON object ---
 
@@ -157,7 +42,9 @@ finish()
 spent = time.process_time_ns() - begun
 files = [path for path in pathlib.Path(folder).rglob("*") if path.suffix in (".jsonl", ".txt")]
 size = sum(path.stat().st_size for path in files) / (count + 1000)
-print(json.dumps({"ns": spent / count, "bytes": size}))
+import resource
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"ns": spent / count, "bytes": size, "MiB": peak}))
 """
 COMPUTING = """
 def compute():
@@ -245,42 +132,6 @@ begun = time.perf_counter_ns()
 import eventlog_handler
 print(json.dumps({"ms": (time.perf_counter_ns() - begun) / 1e6}))
 """
-HEAD = """
-import asyncio, json, os, pathlib, statistics, sys, threading, time
-from datetime import datetime, timezone
-folder = sys.argv[1]
-"""
-
-
-def child(code: str) -> dict[str, float] | None:
-    """Run a child in a folder of its own; return what it prints, or None where it cannot run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", HEAD + code, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr.strip().splitlines()[-1:], file=sys.stderr)
-        return None
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def alternate(codes: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
-    """Run each code once a round; return the medians by name, without those that cannot run."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in codes}
-    for _ in range(rounds):
-        for name, code in codes.items():
-            figures = child(code)
-            if figures is not None:
-                found[name].append(figures)
-    return {
-        name: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
-        for name, runs in found.items()
-        if runs
-    }
-
-
-Row = list[str]
-Table = tuple[Row, list[Row]]
 
 
 def caller(rounds: int) -> Table:
@@ -300,7 +151,9 @@ def whole(rounds: int) -> Table:
     names = [name for name in CALLERS if name not in ("ours, disk", "python-logstash-async")]
     found = alternate({name: SUBJECTS[name] + WHOLE for name in names}, rounds)
     head, rows = _over_the_floor(found, "floor (NullHandler)", "QueueHandler + QueueListener")
-    return [*head, "bytes a line"], [[*row, f"{found[row[0]]['bytes']:.0f}"] for row in rows]
+    more = [[f"{each['bytes']:.0f}", f"{each['MiB']:.0f}"] for each in found.values()]
+    wider = [[*row, *added] for row, added in zip(rows, more, strict=True)]
+    return [*head, "bytes a line", "peak memory, MiB"], wider
 
 
 def _over_the_floor(found: dict[str, dict[str, float]], floor: str, measure: str) -> Table:
@@ -334,7 +187,7 @@ def sessions(rounds: int) -> Table:
     """Interleaved sessions: events a second until all lines are in the files."""
     counts = {1: 100_000, 100: 100_000, 10_000: 100_000, 100_000: 200_000}
     codes = {str(n): f"sessions, count = {n}, {c}\n{SESSIONS}" for n, c in counts.items()}
-    found = alternate(codes, max(1, rounds // 2))
+    found = alternate(codes, rounds)
     first = found["1"]["per_second"]
     rows = []
     for name, each in found.items():
@@ -361,7 +214,8 @@ def memory(rounds: int) -> Table:
 
 
 def imports(rounds: int) -> Table:
-    """`import eventlog_handler`, after its required dependencies."""
+    """`import eventlog_handler`, after its required dependencies, from byte code."""
+    child(IMPORT)
     [found] = alternate({"ours": IMPORT}, rounds).values()
     return ["ms"], [[f"{found['ms']:.1f}"]]
 
@@ -378,6 +232,11 @@ SECTIONS: dict[str, Callable[[int], Table]] = {
         threads,
         memory,
         imports,
+        load.stalled,
+        load.tasks,
+        load.sizes,
+        load.recovery,
+        load.catching_up,
     )
 }
 PEERS = ("structlog", "python-json-logger", "orjson", "loguru", "picologging")
@@ -434,7 +293,7 @@ def main() -> None:
         section = SECTIONS[name]
         table = section(arguments.rounds)
         about = (section.__doc__ or "").strip()
-        part = [f"## {name.capitalize()}", "", about, "", *table_lines(table), ""]
+        part = [f"## {name.capitalize().replace('_', ' ')}", "", about, "", *table_lines(table), ""]
         print("\n".join(part), flush=True)
         lines += part
         if name == "caller" and arguments.write:

@@ -29,7 +29,10 @@ from eventlog_handler.typing import EncodedEvent
 TAIL_BYTES = 64 * 1024 * 1024
 """How much of a file is searched for ids: more than any ring holds."""
 STALE_SECONDS = 60.0
+SETTLED_SECONDS = 0.3
+"""More than a write may pause between two pages (200 ms, where too many are dirty)."""
 _ID = rb'^\{"timestamp":"[^"]*","id":"(%b-[0-9a-f]+)",'
+_ANY_ID = re.compile(rb'"id":"[^"-]+-')
 _NAME = re.compile(rf"[0-9a-f]+-[0-9]+-[0-9a-f]+{re.escape(SUFFIX)}")
 _ARRAY_END = b"\n]\n"
 
@@ -238,6 +241,7 @@ def repair_tails(
 def _repair(base: Path, path: Path, process: bytes, unwritten: list[EncodedEvent]) -> None:
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "r+b") as file:
+        found = os.fstat(fd)
         size = file.seek(0, os.SEEK_END)
         end = b"\n" if path.suffix == ".jsonl" else _ARRAY_END
         file.seek(max(0, size - len(end)))
@@ -246,7 +250,14 @@ def _repair(base: Path, path: Path, process: bytes, unwritten: list[EncodedEvent
         file.seek(0)
         content = file.read()
         if not _is_of(process, content, unwritten):
-            return
+            if _ANY_ID.search(content):
+                return
+            # A power cut may have taken the ring that would tell whose this first line was to be.
+            # Whoever lives has written it, or taken it back, after a moment.
+            time.sleep(max(0.0, found.st_mtime + SETTLED_SECONDS - time.time()))
+            file.seek(0)
+            if file.read() != content:
+                return
         keep, closing = _whole(content, path.suffix)
         _save(base / OWN_DIRECTORY / "torn", f"{path.parent.name}-{path.name}", content[keep:])
         file.seek(keep)

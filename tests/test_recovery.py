@@ -463,13 +463,40 @@ def test_a_torn_tail_is_cut_off_and_kept(
         assert kept + b"".join(aside(base)) == content
 
 
-def test_an_array_that_is_torn_in_its_first_id_is_known_by_its_event(base: Path) -> None:
+def test_an_array_that_is_torn_in_its_first_id_is_known_by_its_event(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is cut off before the id is the dead process's if it begins one of its events."""
+    monkeypatch.setattr(_recovery.time, "sleep", None)
     path = torn_file(base, "log.json", b'[\n{"timestamp":"20')
-    other = torn_file(base, "other.json", b'[\n{"timestamp":"19')
     repair_tails(base, "p", 0.0, {path.parent: [EncodedEvent("s", "log", "p-1", "2026", b"{}")]})
     assert path.read_bytes() == b"[\n]\n"
-    assert other.read_bytes() == b'[\n{"timestamp":"19'
+
+
+@pytest.mark.parametrize("fragment", [b"{", b'{"timestamp":"19', b'{"timestamp":"2026","id":"00'])
+def test_a_first_line_whose_ring_is_lost_is_nobodys(base: Path, fragment: bytes) -> None:
+    """Where no event tells whose a torn first line is, nobody who lives still writes it."""
+    files = [torn_file(base, "log.jsonl", fragment), torn_file(base, "log.json", b"[\n" + fragment)]
+    repair_tails(base, "p", 0.0)
+    assert [path.read_bytes() for path in files] == [b"", b"[\n]\n"]
+    assert sorted(aside(base)) == sorted([fragment, b"\n" + fragment])
+
+
+def test_a_first_line_that_somebody_goes_on_with_is_left_alone(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torn first line that is whole after a moment was a living process's."""
+    path = torn_file(base, "log.jsonl", OTHER[:9])
+    pauses = []
+
+    def go_on(seconds: float) -> None:
+        pauses.append(seconds)
+        path.write_bytes(OTHER + b"\n")
+
+    monkeypatch.setattr(_recovery.time, "sleep", go_on)
+    repair_tails(base, "p", 0.0)
+    assert path.read_bytes() == OTHER + b"\n"
+    assert 0 < pauses[0] <= _recovery.SETTLED_SECONDS
 
 
 @pytest.mark.parametrize("content", [b"", LINE + b"\n"])
