@@ -11,6 +11,7 @@ and `benchmarks.png` into a folder.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -239,13 +240,19 @@ SECTIONS: dict[str, Callable[[int], Table]] = {
         load.catching_up,
     )
 }
-PEERS = ("structlog", "python-json-logger", "orjson", "loguru", "picologging")
-MORE_PEERS = ("concurrent-log-handler", "opentelemetry-sdk", "python-logstash-async")
+SAID = "## What bounds it"
+PEERS = ("structlog", "python-json-logger", "orjson", "loguru", "picologging", "logxide")
+MORE_PEERS = (
+    "fastlogging",
+    "concurrent-log-handler",
+    "opentelemetry-sdk",
+    "python-logstash-async",
+)
 
 
 def versions() -> str:
     """Return what was measured on what."""
-    found = [f"CPython {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    found = [f"{os.cpu_count()} cores, {platform.platform()}, CPython {platform.python_version()}"]
     for name in (*PEERS, *MORE_PEERS):
         try:
             found.append(f"{name} {version(name)}")
@@ -287,7 +294,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    lines = ["# How fast it is", "", f"`python benchmarks/speed.py`: {versions()}.", ""]
+    lines = [
+        "# How fast it is",
+        "",
+        f"`python benchmarks/speed.py --rounds {arguments.rounds}`: {versions()}. Medians of child "
+        "processes that alternate. What counts are the ratios within a section.",
+        "",
+        "![What a call costs over the floor](benchmarks.png)",
+        "",
+    ]
     print("\n".join(lines), flush=True)
     for name in arguments.sections or SECTIONS:
         section = SECTIONS[name]
@@ -299,7 +314,10 @@ def main() -> None:
         if name == "caller" and arguments.write:
             plot(table, arguments.write / "benchmarks.png")
     if arguments.write:
-        (arguments.write / "benchmarks.md").write_text("\n".join(lines))
+        page = arguments.write / "benchmarks.md"
+        # What is said of the figures is written by hand, and stays.
+        said = page.read_text().partition(SAID)[2] if page.exists() else ""
+        page.write_text("\n".join([*lines, SAID + (said or "\n")]))
 
 
 if __name__ == "__main__":

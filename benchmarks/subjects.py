@@ -82,6 +82,19 @@ log.addHandler(picologging.FileHandler(folder + "/log.txt"))
 def call(n): log.info("token %d of %s %s %s %s %s", n, "answer", "chat-42", "ada", "m1", True)
 def finish(): pass
 """,
+    "logxide, file": """
+from logxide import logging
+log = logging.getLogger("bench"); log.setLevel(20); log.propagate = False
+log.addHandler(logging.FileHandler(folder + "/log.txt"))
+def call(n): log.info("token %d of %s %s %s %s %s", n, "answer", "chat-42", "ada", "m1", True)
+def finish(): logging.flush()
+""",
+    "fastlogging, file": """
+from fastlogging import INFO, LogInit
+log = LogInit(pathName=folder + "/log.txt", level=INFO, console=False)
+def call(n): log.info("token %d of %s %s %s %s %s" % (n, "answer", "chat-42", "ada", "m1", True))
+def finish(): pass
+""",
     "OpenTelemetry, batch": RECORD
     + """
 import warnings; warnings.simplefilter("ignore")

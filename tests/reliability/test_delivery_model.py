@@ -508,7 +508,7 @@ def _not_kept(base: Path, transport: str, event: OutgoingEvent, reason: str) -> 
 @pytest.mark.parametrize(
     ("target", "broken", "expected"),
     [
-        ("_outbox.Outbox.register", _unregistered, "lacks"),
+        ("_outbox.Outbox.register", _unregistered, "lacks|out of order"),
         ("_sender.Sender._positions", _too_far, "a position is past|lacks"),
         ("_backlog.Backlog.owe", _behind_all, "out of order"),
         ("_sender.park", _not_kept, "lacks|a position is past"),
