@@ -70,12 +70,11 @@ class Layout:
 class _File:
     """What is remembered of a session's file; its descriptor may be closed and opened again."""
 
-    __slots__ = ("fd", "generation", "inode", "levels", "name", "named", "path", "seq", "size")
+    __slots__ = ("fd", "generation", "inode", "named", "path", "seq", "size")
 
-    def __init__(self, levels: tuple[str, ...], name: str) -> None:
-        self.levels = levels
-        """Of its directory, below the base."""
-        self.rename(name)
+    def __init__(self, levels: Sequence[str], name: str) -> None:
+        self.path = "/".join((*levels, name))
+        """Where it is, below the base."""
         self.fd = -1
         self.inode = 0
         """And its device: what is found under the name later may be another file."""
@@ -86,9 +85,18 @@ class _File:
         self.generation = -1
         """In which the registrar knows of it."""
 
+    @property
+    def levels(self) -> list[str]:
+        """Of its directory, below the base."""
+        return self.path.split("/")[:-1]
+
+    @property
+    def name(self) -> str:
+        """Its own."""
+        return self.path.rpartition("/")[2]
+
     def rename(self, name: str) -> None:
         """Take another name, before there is such a file."""
-        self.name = name
         self.path = "/".join((*self.levels, name))
 
 

@@ -99,15 +99,17 @@ class Intake:
         """Encode a record the short way; None where it has to go the long one.
 
         The same as `record_fields` and `snapshot` for what most records are, without what those
-        ask for the others: two thirds of the time.
+        ask for the others.
         """
-        fields = usual_fields(record)
-        if fields is None or self._processors or captures:
-            return None
         bound_id, bound = current.get()
+        if bound or self._processors or captures:
+            return None
+        fields = usual_fields(record)
+        if fields is None:
+            return None
         session_id = record.__dict__.get(self.session_field, bound_id)
         kind = fields["type"]
-        if bound or type(session_id) is not str or type(kind) is not str:
+        if type(session_id) is not str or type(kind) is not str:
             return None
         if fields["session_id"] is None:
             fields["session_id"] = session_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import string
@@ -20,7 +19,6 @@ Parsed = list[tuple[str, bool]]
 """A pattern as pairs of literal text and whether its field follows it."""
 
 
-@functools.lru_cache(maxsize=1024)
 def session_to_name(session_id: str) -> str:
     """Return the directory name of a session: injective, and safe on every file system.
 
