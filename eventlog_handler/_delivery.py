@@ -21,6 +21,9 @@ from eventlog_handler._worker import Worker
 from eventlog_handler.transports.base import TransportInterface
 from eventlog_handler.typing import TransportStats, Written
 
+SETTLE_SECONDS = 0.001
+"""Between two looks whether a lane has begun."""
+
 
 class Delivery:
     """Hands what was written to the lanes.
@@ -242,6 +245,10 @@ class Delivery:
         """
         waits = []
         for name, (sender, worker) in tuple(self._senders.items()):
+            worker.poke()
+            # What the processes before left is to be sent too, and it may not know of that yet.
+            while not _settled(sender) and time.monotonic() < deadline:
+                time.sleep(SETTLE_SECONDS)
             reached = threading.Semaphore(0)
             count = sender.backlog.when(reached.release, session)
             worker.poke()
@@ -250,7 +257,9 @@ class Delivery:
             name
             for name, sender, reached, count in waits
             # One that ends in an outage releases who waits for it.
-            if not _all(reached, count, deadline) or (sender.ended and sender.backlog.lags(session))
+            if not _all(reached, count, deadline)
+            or not _settled(sender)
+            or (sender.ended and sender.backlog.lags(session))
         )
 
     def resend_rejected(self, name: str | None) -> int:
@@ -334,6 +343,11 @@ class Delivery:
     def stats(self) -> dict[str, TransportStats]:
         """Return the figures of each downstream, by name."""
         return {lane.name: lane.stats() for lane, _ in self._lanes()}
+
+
+def _settled(sender: Sender) -> bool:
+    """Whether a lane knows of all that it has to send."""
+    return sender.settled or sender.ended or sender.outbox is None
 
 
 def _all(reached: threading.Semaphore, count: int, deadline: float) -> bool:

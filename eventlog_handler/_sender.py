@@ -94,7 +94,7 @@ class Sender(Lane):
         self._losses: dict[Outbox, int] = {}
         self._unsaved: list[Cursor] = []
         self._resending: set[str] = set()
-        self._more = False
+        self._more = self.settled = False  # Settled: it knows of all that its predecessors left.
         self._tend_at = self._pause_until = 0.0
         self._limit = settings.batch_events
         self._batch_since: float | None = None
@@ -336,9 +336,8 @@ class Sender(Lane):
 
     def _tend(self, now: float) -> None:
         """Take over what dead processes left, and save again what a lost database had."""
-        if self.outbox is None or (
-            now < self._tend_at and not (self._more and self.backlog.sessions < CHUNK_ROWS)
-        ):
+        more = self._more and self.backlog.sessions < CHUNK_ROWS
+        if self.outbox is None or (now < self._tend_at and not more):
             return
         self._tend_at = now + TEND_SECONDS
         losses = self.outbox.losses
@@ -353,6 +352,7 @@ class Sender(Lane):
         for each in (*owed, *found):
             if self._committed(each.session, each.path) is None:
                 self.owe(self.outbox, each)
+        self.settled |= not self._more
         self._save()
 
     def save_all(self) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from eventlog_handler import EventLogHandler, EventLogProcessor, EventSessionLogger, FlushReceipt
+from eventlog_handler._outbox import CHUNK_ROWS
 from eventlog_handler.testing import FailingTransport, GatedTransport, RecordingTransport
 from tests.conftest import events_of
 from tests.test_listener import record
@@ -56,6 +57,23 @@ def test_flush_until_the_transports_have_it(make_handler: Make) -> None:
     gated.open()
     assert handler.flush(until="transport", timeout=30)
     assert len(gated.sent) == 1
+
+
+def test_flush_waits_for_what_was_left_before(make_handler: Make) -> None:
+    """What an earlier gateway has not sent is sent before a receipt of the next one is true."""
+    down, still_down, up = FailingTransport(), FailingTransport(), RecordingTransport()
+    down.name = still_down.name = up.name = "far side"
+    before = make_handler(downstream_transport=down, shutdown_timeout_seconds=0.1)
+    # More sessions than are taken over at once.
+    for number in range(CHUNK_ROWS + 50):
+        log(before, f"s{number}")
+    before.close()
+    between = make_handler(downstream_transport=still_down, shutdown_timeout_seconds=0.1)
+    assert between.flush(until="transport", timeout=0.2).behind == ("far side",)
+    between.close()
+    after = make_handler(downstream_transport=up)
+    assert after.flush(until="transport", timeout=60)
+    assert len({sent["session_id"] for sent in up.events}) == CHUNK_ROWS + 50
 
 
 def test_flush_of_one_session_waits_for_no_other_file(make_handler: Make, base: Path) -> None:
