@@ -89,12 +89,6 @@ log.addHandler(logging.FileHandler(folder + "/log.txt"))
 def call(n): log.info("token %d of %s %s %s %s %s", n, "answer", "chat-42", "ada", "m1", True)
 def finish(): logging.flush()
 """,
-    "fastlogging, file": """
-from fastlogging import INFO, LogInit
-log = LogInit(pathName=folder + "/log.txt", level=INFO, console=False)
-def call(n): log.info("token %d of %s %s %s %s %s" % (n, "answer", "chat-42", "ada", "m1", True))
-def finish(): pass
-""",
     "OpenTelemetry, batch": RECORD
     + """
 import warnings; warnings.simplefilter("ignore")
@@ -139,6 +133,10 @@ HEAD = """
 import asyncio, json, os, pathlib, statistics, sys, threading, time
 from datetime import datetime, timezone
 folder = sys.argv[1]
+def peak():
+    # Not `ru_maxrss`, which begins with that of the process that started this one.
+    [line] = [each for each in open("/proc/self/status") if each.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 """
 
 
@@ -147,7 +145,8 @@ def child(code: str) -> dict[str, float] | None:
     # As it is installed: with byte code.
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", HEAD + code, folder]
+        # Unbuffered, as a child may end by `os._exit`, which leaves what is in a buffer.
+        command = [sys.executable, "-u", "-c", HEAD + code, folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=kept)
     if done.returncode:
         print(done.stderr.strip().splitlines()[-1:], file=sys.stderr)
