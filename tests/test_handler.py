@@ -410,6 +410,16 @@ def test_emit_never_raises(make_handler: Make, logger: logging.Logger) -> None:
     assert handler.stats().dropped == {"internal_error": 1}
 
 
+def test_arguments_that_do_not_fit_lose_no_event(make_handler: Make, base: Path) -> None:
+    """A message that cannot be formatted is an event with both, and with why."""
+    handler = make_handler()
+    handler.handle(logging.makeLogRecord({"msg": "%d apples", "args": ("no",), **S1}))
+    assert handler.flush()
+    [found] = events_of(base)
+    assert found["message"].startswith("%d apples ('no',) <TypeError: ")
+    assert handler.stats().local_errors == 0
+
+
 def test_a_transport_that_logs_makes_no_events(make_handler: Make, base: Path) -> None:
     """With our handler on the root logger, what a transport logs does not come back."""
     root = logging.getLogger()
