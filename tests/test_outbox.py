@@ -591,13 +591,11 @@ def test_events_during_the_end_are_known(
     [name] = gateway.stats().transports
     log(gateway, 1)
     assert gateway._delivery.flush(None, time.monotonic() + HUNG_SECONDS) == ()
-    with (
-        monkeypatch.context() as patch,
-        thread(lambda: gateway.at_exit(time.monotonic() + HUNG_SECONDS), go_on),
-    ):
+    with monkeypatch.context() as patch:
         patch.setattr(Outbox, "close", slow)
-        assert closing.wait(HUNG_SECONDS)
-        log(gateway, 2)
+        with thread(lambda: gateway.at_exit(time.monotonic() + HUNG_SECONDS), go_on):
+            assert closing.wait(HUNG_SECONDS)
+            log(gateway, 2)
     assert len(stored(base, name)) == 1
 
 
