@@ -438,10 +438,10 @@ def test_ids_are_unique_and_count_up() -> None:
     (prefix, number), (same, following) = first.split("-"), second.split("-")
     assert prefix == same
     assert len(bytes.fromhex(prefix)) == 10
-    assert int(following, 16) == int(number, 16) + 1
+    assert int(following) == int(number) + 1
 
 
-def testrenew_process_id_child_gets_a_prefix_of_its_own() -> None:
+def test_a_child_gets_a_prefix_of_its_own() -> None:
     """A child process never gives the ids that its parent gives."""
     program = (
         "import os\n"
