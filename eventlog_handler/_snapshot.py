@@ -79,7 +79,7 @@ def _add_traces(fields: EventFields, record: logging.LogRecord) -> None:
 
 
 def usual_fields(record: logging.LogRecord) -> EventFields | None:
-    """Return the same for a record as most are, in two thirds of the time; None for others."""
+    """Return what `record_fields` does, in two thirds of the time; None for unusual records."""
     held, text, args = record.__dict__, record.msg, record.args
     names = list(held)
     # The standard ones come first, in the order in which a record is made; if the first and the
