@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import math
 import secrets
 import sys
 import time
@@ -221,7 +222,10 @@ def timestamp(seconds: float) -> str:
     try:
         rest = round((seconds - known) * 1_000_000)
         if not 0 <= rest < 1_000_000:
-            known, rest = divmod(round(seconds * 1_000_000), 1_000_000)
+            # Counted from the second in both cases: a large product rounds otherwise.
+            known = math.floor(seconds)
+            more, rest = divmod(round((seconds - known) * 1_000_000), 1_000_000)
+            known += more
             text = datetime.fromtimestamp(known, timezone.utc).isoformat()[:19] + "."
             _second = (known, text)
     except (ValueError, OverflowError, OSError):

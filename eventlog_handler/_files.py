@@ -295,8 +295,7 @@ class SessionFiles:
             try:
                 # In one step, though a link may stand in the middle: the inode tells.
                 path = f"{self._base}/{file.path}"
-                file.fd = os.open(path, _FILE | self._layout.flags)
-                found = os.fstat(file.fd)
+                file.fd, found = _open(path, _FILE | self._layout.flags)
                 file.size = found.st_size
                 if stat.S_ISREG(found.st_mode) and file.inode == _inode(found):
                     return
@@ -311,8 +310,8 @@ class SessionFiles:
             now, taken = datetime.now(timezone.utc), 0
             while file.fd < 0:
                 try:
-                    file.fd = os.open(file.name, flags, self._file_mode, dir_fd=directory)
-                    file.inode = _inode(os.fstat(file.fd))
+                    file.fd, found = _open(file.name, flags, self._file_mode, directory)
+                    file.inode = _inode(found)
                 except FileExistsError:
                     file.rename(self._paths.file_name(now, taken))
                     taken += 1
@@ -403,29 +402,6 @@ class SessionFiles:
         self._known.clear()
 
 
-def open_below(base: Path, path: str) -> int:
-    """Open a file for reading, level by level as it is written, and return its descriptor.
-
-    Args:
-        base: The base directory.
-        path: Below it.
-
-    Raises:
-        OSError: It is not there, or a link or something else stands in its way.
-    """
-    *levels, name = path.split("/")
-    fd = os.open(base, _DIRECTORY)
-    try:
-        for level in levels:
-            inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        return os.open(name, flags, dir_fd=fd)
-    finally:
-        os.close(fd)
-
-
 def sync_directory(path: Path) -> None:
     """Have the names in a directory on the disk; raises OSError."""
     fd = os.open(path, _DIRECTORY)
@@ -437,6 +413,18 @@ def sync_directory(path: Path) -> None:
 
 def _inode(found: os.stat_result) -> int:
     return found.st_dev << 64 | found.st_ino
+
+
+def _open(
+    path: str, flags: int, mode: int = 0o600, directory: int | None = None
+) -> tuple[int, os.stat_result]:
+    """Open a file and ask what it is; where that fails, no descriptor is left."""
+    fd = os.open(path, flags, mode, dir_fd=directory)
+    try:
+        return fd, os.fstat(fd)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _close(file: _File) -> None:

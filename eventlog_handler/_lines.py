@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import orjson
 
 from eventlog_handler._encode import as_text
-from eventlog_handler._files import open_below
 from eventlog_handler._journal import OWN_DIRECTORY
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._rejected import unwrap
 from eventlog_handler.typing import OutgoingEvent
 
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 CHUNK_BYTES = 256 * 1024
 """Read at once; a longer line is read whole."""
 
@@ -45,7 +45,7 @@ def read_lines(base: Path, path: str, begin: int, end: int, size: int | None = N
         OSError: The file cannot be read.
         EOFError: It is shorter than it was.
     """
-    fd = open_below(base, path)
+    fd = _open_below(base, path)
     try:
         size = CHUNK_BYTES if size is None else size
         while True:
@@ -92,7 +92,7 @@ def measure(base: Path, path: str, begin: int) -> Extent:
         OSError: The file cannot be read.
         EOFError: It is shorter than it was.
     """
-    fd = open_below(base, path)
+    fd = _open_below(base, path)
     try:
         size = os.fstat(fd).st_size
         if size < begin:
@@ -164,3 +164,26 @@ def _count(fd: int, begin: int, end: int) -> int:
     for start in range(begin, end, CHUNK_BYTES):
         count += os.pread(fd, min(CHUNK_BYTES, end - start), start).count(b"\n")
     return count
+
+
+def _open_below(base: Path, path: str) -> int:
+    """Open a file for reading, level by level as it is written, and return its descriptor.
+
+    Args:
+        base: The base directory.
+        path: Below it.
+
+    Raises:
+        OSError: It is not there, or a link or something else stands in its way.
+    """
+    *levels, name = path.split("/")
+    fd = os.open(base, _DIRECTORY)
+    try:
+        for level in levels:
+            inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(name, flags, dir_fd=fd)
+    finally:
+        os.close(fd)

@@ -20,8 +20,11 @@ from eventlog_handler._report import warn
 from eventlog_handler.session_logger import EventSessionLogger
 from eventlog_handler.typing import EncodedEvent
 
-BATCH = 1000
-"""Events taken at once: beside a computing thread each wake-up costs milliseconds, not events."""
+BATCH = 50_000
+"""Events taken at once: what waits is sorted by session, so that many share the opening of a file.
+
+Beside a computing thread, too, each wake-up costs milliseconds, not events.
+"""
 RELEASE = 100
 """Events that are written before the hand-off hears of it: a call for each costs as much again."""
 RETRY_SECONDS = 0.2
@@ -35,8 +38,8 @@ class Listener:
 
     Args:
         gateway: Where events go.
-        options: Those of the hand-off. Of `handoff_capacity`, as many more events are kept while
-            files fail.
+        options: Those of the hand-off. While files fail, up to twice `handoff_capacity` events
+            are kept besides what waits.
     """
 
     def __init__(self, gateway: EventSessionLogger, options: Mapping[str, Any]) -> None:
@@ -190,7 +193,11 @@ class Listener:
         return RETRY_SECONDS if self._failing else RECOVERY_SECONDS
 
     def _finished(self) -> bool:
-        return self._ending and (self.depth == 0 or time.monotonic() >= self._deadline)
+        return self._ending and (self.depth == 0 or self._is_late())
+
+    def _is_late(self) -> bool:
+        """Whether this is the thread, and its time is up."""
+        return self._ending and self.is_current_thread and time.monotonic() >= self._deadline
 
     def drain_here(self, deadline: float) -> None:
         """Write on this thread what is waiting, until `deadline`, unless another thread does."""
@@ -215,9 +222,9 @@ class Listener:
         self._failing = False
         try:
             for session_id in list(self._kept):
+                if self._is_late():
+                    break
                 self._write(session_id, self._kept[session_id])
-                if len(self._done) >= RELEASE:
-                    self._release()
         finally:
             self._release()
         for session_id in list(self._unsynced):
@@ -246,6 +253,8 @@ class Listener:
                 report.local(error, "session file")
                 report.drop_untold("internal_error", session_id)
                 self._done.append(events.pop(0))
+            if len(self._done) >= RELEASE:
+                self._release()
         del self._kept[session_id]
 
     def _release(self) -> None:

@@ -503,6 +503,13 @@ def test_a_timestamp_is_right_whatever_was_asked_before(asked: list[float], othe
         assert abs(found / timedelta(microseconds=1) - seconds * 1e6) <= 1
 
 
+@given(st.integers(0, 1_000_000).map(lambda n: 1_764_000_000 + n / 1_000_003))
+def test_a_time_has_one_timestamp(seconds: float) -> None:
+    """Whether a second is met for the first time changes no digit."""
+    timestamp(seconds + 100)
+    assert timestamp(seconds) == timestamp(seconds)
+
+
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, 1e14, -1e14])
 def test_time_that_no_calendar_has_is_now(seconds: float) -> None:
     """A record with an impossible time is dated by the clock."""

@@ -827,6 +827,28 @@ def test_failed_opens_leak_no_descriptor(
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_file_that_cannot_be_asked_is_closed(
+    make_files: Callable[..., SessionFiles], base: Path, known: bool
+) -> None:
+    """Where an opened file does not say what it is, it is closed, and the next try works."""
+    files = make_files(max_open_files=1)
+    if known:
+        write(files, "s", 1)
+        write(files, "other", 1)
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = held(base)
+    with patched("fstat", failing), pytest.raises(OSError, match="Input/output"):
+        files.append("s", [event(2)], ignore)
+    assert held(base) == before
+    write(files, "s", 3)
+    write(files, "s", 4)
+    assert numbers_in(files.path("s")) == ([1, 3, 4] if known else [3, 4])
+
+
 def test_forked_begins_new_files(make_files: Callable[..., SessionFiles], base: Path) -> None:
     """After a fork the parent's files are closed in the child and not written."""
     files = make_files()

@@ -655,7 +655,7 @@ def test_a_call_whose_sync_fails_has_its_event_written(
     assert (handler.stats().dropped, handler.stats().local_errors) == ({}, 1)
 
 
-def fail(*args: object) -> None:
+def fail(*args: object, **options: object) -> None:
     """Fail as a broken disk does."""
     raise OSError(errno.EIO, "Input/output error")
 

@@ -207,6 +207,28 @@ def test_what_cannot_be_written_until_close_is_counted(make_handler: Make, base:
     assert handler.stats().handoff_depth == 0
 
 
+def test_the_end_does_not_wait_for_a_whole_batch(make_handler: Make, base: Path) -> None:
+    """Once the budget is used up no other session's file is begun; what is left is counted."""
+    handler = make_handler(shutdown_timeout_seconds=0.01, durability="memory")
+    gate = hang_listener(handler)
+    for number in range(100):
+        handler.handle(record("m", session_id=f"s{number}"))
+    handler.flush(timeout=0.01)
+    listener = handler._feed._listener
+    wait = listener.gateway._files.append
+
+    def slow(*given: Any) -> int:
+        wait_until(lambda: time.monotonic() >= listener._deadline)
+        return wait(*given)
+
+    listener.gateway._files.append = slow  # type: ignore[method-assign]
+    gate.set()
+    handler.close()
+    stats = handler.stats()
+    assert stats.dropped == {"unwritable": 101 - stats.written}
+    assert stats.written < 5
+
+
 def test_what_cannot_be_written_until_close_waits_in_the_journal(
     make_handler: Make, base: Path
 ) -> None:
@@ -597,6 +619,29 @@ def test_the_handoff_hears_of_written_events_in_stretches(
     gate.set()
     assert handler.flush()
     assert [count for count in told if count] == [1, RELEASE, RELEASE, 50]
+
+
+def test_what_waits_is_sorted_by_session(
+    make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions that take turns, more than there are descriptors, share the opening of a file."""
+    handler = make_handler(max_open_files=1)
+    gate = hang_listener(handler)
+    for number in range(3000):
+        handler.handle(record(number, session_id=f"s{number % 2}"))
+    opened, real = [], os.open
+
+    def noted(path: Any, *given: Any, **options: Any) -> int:
+        opened.append(os.fspath(path))
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(os, "open", noted)
+    gate.set()
+    assert handler.flush()
+    # That of the event that is held, and then one for each session.
+    assert sum(path.endswith(".jsonl") for path in opened) == 3
+    found = [e["message"] for e in events_of(base) if e["session_id"] == "s1"]
+    assert found == ["held", *map(str, range(1, 3000, 2))]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
