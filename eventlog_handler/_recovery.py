@@ -26,8 +26,8 @@ from eventlog_handler._report import Report
 from eventlog_handler._ring import Damage, read_note, read_ring
 from eventlog_handler.typing import EncodedEvent
 
-TAIL_BYTES = 64 * 1024 * 1024
-"""How much of a file is searched for ids: more than any ring holds."""
+LINE_TO_RECORD = 2
+"""A line is not as long as this many of the records that the ring holds of it (1.3 at most)."""
 STALE_SECONDS = 60.0
 SETTLED_SECONDS = 0.3
 """More than a write may pause between two pages (200 ms, where too many are dirty)."""
@@ -126,9 +126,10 @@ def _recover_process(
     if since is not None:
         unwritten = {place: by_session[s] for s in places for place in places[s]}
         repair_tails(base, process, since, unwritten)
+    tail = LINE_TO_RECORD * sum(os.fstat(fd).st_size for fd in rings.values())
     count = 0
     for session_id, theirs in by_session.items():
-        there = set().union(*(written_ids(place, process) for place in places[session_id]))
+        there = set().union(*(written_ids(place, process, tail) for place in places[session_id]))
         missing = [event for event in theirs if event.id not in there]
         if missing:
             count += len(missing)
@@ -189,16 +190,22 @@ def _save(directory: Path, name: str, content: bytes) -> None:
         file.write(content)
 
 
-def written_ids(directory: Path, process: str) -> set[str]:
-    """Return the ids of a process's events that stand in whole lines of a session's files."""
+def written_ids(directory: Path, process: str, tail_bytes: int) -> set[str]:
+    """Return the ids of a process's events that stand in whole lines of a session's files.
+
+    Args:
+        directory: The session's.
+        process: What the ids begin with.
+        tail_bytes: How much of each file is searched, from its end.
+    """
     pattern = re.compile(_ID % process.encode(), re.MULTILINE)
     ids: set[str] = set()
     for path in _files(directory):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
+            file.seek(max(0, size - tail_bytes))
             content = file.read()
-        begin = content.find(b"\n") + 1 if size > TAIL_BYTES else 0
+        begin = content.find(b"\n") + 1 if size > tail_bytes else 0
         whole = content[begin : content.rfind(b"\n") + 1]
         ids |= {found.decode() for found in pattern.findall(whole)}
     return ids

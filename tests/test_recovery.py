@@ -13,15 +13,19 @@ from pathlib import Path
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eventlog_handler import _encode, _recovery
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._paths import SessionPaths
-from eventlog_handler._recovery import recover, repair_tails, written_ids
+from eventlog_handler._recovery import LINE_TO_RECORD, recover, repair_tails, written_ids
 from eventlog_handler._report import Report
+from eventlog_handler._ring import pack, space
 from eventlog_handler.typing import EncodedEvent
 
+TAIL = 1_000_000
 NOW = "2026-11-22T06:31:56.123456+00:00"
 
 
@@ -124,6 +128,34 @@ def test_what_was_written_already_is_not_written_again(
     assert recovered(base, write_to()) == 1
     assert sorted(ids_below(base)) == sorted(each.id for each in events)
     assert rings(base) == []
+
+
+def test_all_that_a_ring_can_hold_is_looked_for(
+    base: Path, dead_process: Die, write_to: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large a ring was made, the lines of what stands in it are found."""
+    searched: list[int] = []
+
+    def noted(directory: Path, process: str, tail_bytes: int) -> set[str]:
+        searched.append(tail_bytes)
+        return written_ids(directory, process, tail_bytes)
+
+    monkeypatch.setattr(_recovery, "written_ids", noted)
+    handoff = JournalHandoff(journal_directory(base, 0o700), 1000, 2**27, False)
+    handoff.put(event())
+    handoff.abandon()
+    dead_process()
+    assert recovered(base, write_to()) == 1
+    assert searched[0] > 2 * 2**27
+
+
+@given(st.none() | st.text(), st.text(), st.binary(), st.integers(1, 10**9))
+def test_no_line_is_longer_than_what_is_searched_for_it(
+    session_id: str | None, kind: str, body: bytes, seq: int
+) -> None:
+    """A line and its separator take less than `LINE_TO_RECORD` times the event's record."""
+    each = EncodedEvent(session_id, kind, _encode.new_id(), NOW, body)
+    assert len(each.line(seq)) + 2 < LINE_TO_RECORD * space(pack(each))
 
 
 def test_nothing_is_written_twice_without_a_session(
@@ -359,7 +391,7 @@ def test_ids_of_whole_lines_are_found(base: Path, write_to: Files) -> None:
     events = [event(), event()]
     append(write_to(), events[:1])
     append(write_to(), [events[1], event()._replace(id="other-1")])
-    found = written_ids(base / "s1", _encode.process_id())
+    found = written_ids(base / "s1", _encode.process_id(), TAIL)
     assert found == {each.id for each in events}
 
 
@@ -367,7 +399,7 @@ def test_ids_are_found_in_an_array(base: Path, write_to: Files) -> None:
     """The lines of a JSON array count like those of a `jsonl` file."""
     events = [event(), event()]
     append(write_to(".json"), events)
-    assert written_ids(base / "s1", _encode.process_id()) == {each.id for each in events}
+    assert written_ids(base / "s1", _encode.process_id(), TAIL) == {each.id for each in events}
 
 
 def test_an_id_inside_an_event_is_no_line(base: Path, write_to: Files) -> None:
@@ -375,7 +407,7 @@ def test_an_id_inside_an_event_is_no_line(base: Path, write_to: Files) -> None:
     quoted = event()
     body = orjson.dumps({"text": "\n" + quoted.line(1).decode()})
     append(write_to(), [event(body=body)])
-    assert quoted.id not in written_ids(base / "s1", _encode.process_id())
+    assert quoted.id not in written_ids(base / "s1", _encode.process_id(), TAIL)
 
 
 def test_the_id_of_a_torn_line_does_not_count(base: Path, write_to: Files) -> None:
@@ -383,25 +415,22 @@ def test_the_id_of_a_torn_line_does_not_count(base: Path, write_to: Files) -> No
     files, torn = write_to(), event()
     append(files, [event(), torn])
     os.truncate(files.path("s1"), files.path("s1").stat().st_size - 1)
-    assert torn.id not in written_ids(base / "s1", _encode.process_id())
+    assert torn.id not in written_ids(base / "s1", _encode.process_id(), TAIL)
 
 
-def test_only_the_end_of_a_long_file_is_searched(
-    base: Path, write_to: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_end_of_a_long_file_is_searched(base: Path, write_to: Files) -> None:
     """Of a file longer than can matter, whole lines at its end are searched."""
     events = [event() for _ in range(10)]
     append(write_to(), events)
     length = len(events[0].line(1)) + 1
-    monkeypatch.setattr(_recovery, "TAIL_BYTES", 3 * length + 5)
-    found = written_ids(base / "s1", _encode.process_id())
+    found = written_ids(base / "s1", _encode.process_id(), 3 * length + 5)
     assert found >= {each.id for each in events[7:]}
     assert found <= {each.id for each in events[6:]}
 
 
 def test_no_ids_are_in_a_directory_that_is_not_there(base: Path) -> None:
     """A session without a directory has no lines."""
-    assert written_ids(base / "s1", "p") == set()
+    assert written_ids(base / "s1", "p", TAIL) == set()
 
 
 def test_links_and_directories_are_not_searched(base: Path, write_to: Files) -> None:
@@ -409,7 +438,7 @@ def test_links_and_directories_are_not_searched(base: Path, write_to: Files) -> 
     append(write_to(), [event("s2")])
     (base / "s1" / "folder").mkdir(parents=True)
     (base / "s1" / "link.jsonl").symlink_to(base / "s2" / "log.jsonl")
-    assert written_ids(base / "s1", _encode.process_id()) == set()
+    assert written_ids(base / "s1", _encode.process_id(), TAIL) == set()
 
 
 # Torn tails

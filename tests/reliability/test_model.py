@@ -370,7 +370,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_false(machine: type[Machine
     assert told["checks"] >= EXAMPLES // 2
 
 
-def _no_ids(directory: Path, process: str) -> set[str]:
+def _no_ids(directory: Path, process: str, tail_bytes: int) -> set[str]:
     return set()
 
 
