@@ -79,7 +79,7 @@ class Backlog:
                     self.dropped += 1
                     continue
                 begin, end = written.span(index)
-                size = len(written.lines[index]) + _OBJECT_BYTES
+                size = end - begin - 1 + _OBJECT_BYTES
                 if outbox is None or (follows == begin and self._bytes + size <= BUFFER_BYTES):
                     self._keep(cursor, written.outgoing(index), begin, end)
                     follows = end

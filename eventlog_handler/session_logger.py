@@ -259,7 +259,7 @@ class EventSessionLogger:
         if self._settings.enable_local_logging:
             return self._files.append(session_id, events, then)
         name = self.get_session_directory(session_id).name if session_id is None else session_id
-        then(Written(None, "", name, 0, events, [event.line(None) for event in events], []))
+        then(Written(None, "", name, 0, None, events, []))
         self._passed += len(events)
         return len(events)
 

@@ -40,10 +40,17 @@ class EncodedEvent(NamedTuple):
         Args:
             seq: The event's number within its file, from 1; None where there is no file.
         """
-        _, _, unique, timestamp, body = self
+        return b"".join((self.head(seq), self.body, b"}"))
+
+    def head(self, seq: int | None) -> bytes:
+        """Return what stands before `body` in the line; behind it stands a brace.
+
+        Args:
+            seq: As for `line`.
+        """
+        _, _, unique, timestamp, _ = self
         number = "" if seq is None else f'"seq":{seq},'
-        head = f'{{"timestamp":"{timestamp}","id":"{unique}",{number}"event":'
-        return head.encode() + body + b"}"
+        return f'{{"timestamp":"{timestamp}","id":"{unique}",{number}"event":'.encode()
 
 
 class OutgoingEvent(NamedTuple):
@@ -79,15 +86,17 @@ class Written(NamedTuple):
     """As `OutgoingEvent.session_id`."""
     begin: int
     """The byte of the file at which the first begins."""
+    seq: int | None
+    """The number of the first within the file; None where there is no file."""
     events: Sequence[EncodedEvent]
-    lines: list[bytes]
     ends: list[int]
     """The byte after each of them, its line feed included."""
 
     def outgoing(self, index: int) -> OutgoingEvent:
         """Return one of the events as transports get it."""
         event = self.events[index]
-        return OutgoingEvent(self.lines[index], event.id, self.session, event.type, event.timestamp)
+        line = event.line(None if self.seq is None else self.seq + index)
+        return OutgoingEvent(line, event.id, self.session, event.type, event.timestamp)
 
     def span(self, index: int) -> tuple[int, int]:
         """Return where one of the events begins and ends in the file."""

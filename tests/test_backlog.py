@@ -107,8 +107,7 @@ class Live:
         """Hand on events together."""
         events = [event(number, session) for number in numbers]
         ends = [next(self.numbers) + 1 for _ in numbers]
-        lines = [each.line(None) for each in events]
-        return Written(None, "", session, ends[0] - 1, events, lines, ends)
+        return Written(None, "", session, ends[0] - 1, None, events, ends)
 
 
 class Calls:
@@ -340,7 +339,7 @@ def test_a_batch_ends_at_its_count(backlog: Backlog, writer: Writer) -> None:
 
 def test_a_batch_ends_before_its_bytes_are_exceeded(backlog: Backlog, writer: Writer) -> None:
     """Lines are taken as long as they fit, in one session or in many."""
-    size = len(grow(backlog, writer("a", 1, 2, 3)).lines[0])
+    size = len(grow(backlog, writer("a", 1, 2, 3)).outgoing(0).line)
     grow(backlog, writer("b", 4))
     assert settle(backlog, take(backlog, most_bytes=2 * size + size // 2)) == [1, 2]
     assert settle(backlog, take(backlog, most_bytes=size)) in ([3], [4])
@@ -469,7 +468,7 @@ def test_no_more_is_kept_of_a_file_than_is_taken(backlog: Backlog, writer: Write
 def test_what_does_not_fit_is_not_kept_for_every_session(backlog: Backlog, writer: Writer) -> None:
     """Where bytes end a batch, what was read beyond it does not add up either."""
     for session in range(20):
-        size = len(grow(backlog, writer(f"s{session}", *range(10))).lines[0])
+        size = len(grow(backlog, writer(f"s{session}", *range(10))).outgoing(0).line)
     for _ in range(10):
         assert 14 <= len(settle(backlog, take(backlog, most_bytes=15 * size))) <= 15
     assert in_memory(backlog) <= 30
@@ -491,11 +490,11 @@ def test_a_line_that_cannot_be_read_is_an_event_without_an_id(
 ) -> None:
     """Damage in a file is handed on, for the sender to park, and hides nothing behind it."""
     written = grow(backlog, writer("s", 1, 2))
-    data = writer.path("s").read_bytes()
-    writer.path("s").write_bytes(b"#" * len(written.lines[0]) + data[len(written.lines[0]) :])
+    data, size = writer.path("s").read_bytes(), len(written.outgoing(0).line)
+    writer.path("s").write_bytes(b"#" * size + data[size:])
     batch = take(backlog)
     assert [sent.id for _, sent in batch] == ["", "id-2"]
-    assert batch[0][1].line == b"#" * len(written.lines[0])
+    assert batch[0][1].line == b"#" * size
 
 
 @pytest.mark.usefixtures("no_memory")

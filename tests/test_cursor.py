@@ -31,7 +31,7 @@ def make_cursor(outbox: Outbox | None = None) -> Cursor:
 
 def written(outbox: Outbox | None, path: str, begin: int) -> Written:
     """Return what was written somewhere; which events that were is of no interest here."""
-    return Written(outbox, path, "s", begin, [], [], [])
+    return Written(outbox, path, "s", begin, 1, [], [])
 
 
 def filled(*begins: int) -> Cursor:

@@ -667,6 +667,61 @@ def test_a_short_write_is_completed(make_files: Callable[..., SessionFiles]) -> 
     assert numbers_in(files.path("s")) == [1, 2]
 
 
+@pytest.mark.parametrize("log_format", ["jsonl", "json"])
+@pytest.mark.parametrize("taken", [0, 7, 100, 50_000, 50_010])
+def test_a_short_write_of_something_large_is_completed(
+    make_files: Callable[..., SessionFiles], log_format: str, taken: int
+) -> None:
+    """What is written in pieces goes on where the kernel stopped, within any of them."""
+    files, real, calls = make_files(log_format), os.writev, []
+
+    def short(fd: int, pieces: list[bytes]) -> int:
+        calls.append(len(pieces))
+        return real(fd, [b"".join(pieces)[:taken]]) if taken else 0
+
+    with patched("writev", short):
+        files.append("s", [event(n, padding=50_000) for n in (1, 2)], ignore)
+    write(files, "s", 3)
+    data = files.path("s").read_bytes()
+    found = orjson.loads(data) if log_format == "json" else lines_of(files.path("s"))
+    assert calls == [9]
+    assert [line["event"]["n"] for line in found] == [1, 2, 3]
+
+
+def test_what_is_large_is_not_joined(make_files: Callable[..., SessionFiles]) -> None:
+    """The body of a large event is written from where it lies."""
+    files, written = make_files(), list[bytes]()
+    large, real = event(1, padding=100_000), os.writev
+
+    def noted(fd: int, pieces: list[bytes]) -> int:
+        written.extend(pieces)
+        return real(fd, pieces)
+
+    with patched("writev", noted):
+        files.append("s", [large], ignore)
+        files.append("s", [event(2)], ignore)
+    assert [piece is large.body for piece in written].count(True) == 1
+    assert numbers_in(files.path("s")) == [1, 2]
+
+
+@pytest.mark.parametrize("room", [0, 10, 50_000])
+def test_a_full_disk_tears_no_large_line(
+    make_files: Callable[..., SessionFiles], room: int
+) -> None:
+    """Where the rest of a large event does not fit, the part that was written goes again."""
+    files, real = make_files(), os.writev
+    write(files, "s", 1)
+    with (
+        patched("writev", lambda fd, pieces: real(fd, [b"".join(pieces)[:room]]) if room else 0),
+        patched("write", full_disk(0)),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        files.append("s", [event(2, padding=100_000)], ignore)
+    assert numbers_in(files.path("s")) == [1]
+    files.append("s", [event(3, padding=100_000)], ignore)
+    assert numbers_in(files.path("s")) == [1, 3]
+
+
 @pytest.mark.parametrize("room", [0, 10, 60])
 def test_a_full_disk_tears_no_line(make_files: Callable[..., SessionFiles], room: int) -> None:
     """A failed write raises, leaves whole lines only, and the next event follows seamlessly."""

@@ -367,7 +367,7 @@ def written(*numbers: int) -> Written:
         EncodedEvent("s", "note", f"id-{n}", f"2026-01-0{n}", orjson.dumps({"n": n}))
         for n in numbers
     ]
-    return Written(None, "s/log.jsonl", "s", 0, events, [b""] * len(events), list(numbers))
+    return Written(None, "s/log.jsonl", "s", 0, 1, events, list(numbers))
 
 
 class Decisions(list[tuple[str, bool]]):
@@ -554,7 +554,7 @@ def test_the_lag_of_a_callback_lane_is_that_of_its_first_event(
     lane = make_lane(Function())
     assert (lane.stats().lag_events, lane.stats().lag_seconds) == (0, 0.0)
     events = [EncodedEvent("s", "note", "id", "2000-01-01T00:00:00+00:00", b"{}")]
-    lane.put(Called(Written(None, "", "s", 0, events, [b"{}"], [1]), 0))
+    lane.put(Called(Written(None, "", "s", 0, None, events, [1]), 0))
     assert lane.stats().lag_seconds > 3600
 
 

@@ -146,7 +146,7 @@ class Process:
         if self.settings.enable_local_logging:
             assert self.files.append(session, events, then) == len(events)
         else:
-            then(Written(None, "", session, 0, events, [each.line(None) for each in events], []))
+            then(Written(None, "", session, 0, None, events, []))
 
     def die(self) -> None:
         """Be killed: the locks go, and nothing else happens."""

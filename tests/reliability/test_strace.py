@@ -33,19 +33,19 @@ from tests.reliability.harness import (
 )
 
 CHANGING = (
-    "write pwrite64 ftruncate openat mkdir mkdirat rename unlink unlinkat flock fallocate fsync"
-    " fdatasync msync sync"
+    "write writev pwrite64 ftruncate openat mkdir mkdirat rename unlink unlinkat flock fallocate"
+    " fsync fdatasync msync sync"
 )
 ASKING = "mmap munmap lseek pread64 read close newfstatat fstat stat lstat getdents64"
 CALLS = (CHANGING + " " + ASKING).split()
 """Those that change nothing too: between two of them the ring is stored to."""
 COUNT = 6
 ERRORS = {
-    "ENOSPC": "write pwrite64 openat mkdir mkdirat rename fallocate fsync fdatasync",
-    "EIO": "write pwrite64 openat mkdir mkdirat rename fallocate fsync fdatasync msync ftruncate"
-    " unlink pread64 read getdents64",
+    "ENOSPC": "write writev pwrite64 openat mkdir mkdirat rename fallocate fsync fdatasync",
+    "EIO": "write writev pwrite64 openat mkdir mkdirat rename fallocate fsync fdatasync msync"
+    " ftruncate unlink pread64 read getdents64",
     "EMFILE": "openat",
-    "EINTR": "write pwrite64 openat fallocate flock fsync fdatasync",
+    "EINTR": "write writev pwrite64 openat fallocate flock fsync fdatasync",
 }
 FAULTS = [(error, call) for error, calls in ERRORS.items() for call in calls.split()]
 SYNCS = ("fsync", "fdatasync", "msync")
