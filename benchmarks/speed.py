@@ -20,21 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import load
+from steps import BURSTS, steps
 from subjects import BESIDE, CALLERS, CHAINS, SUBJECTS, Table, alternate, child
 
 # --- What is measured: the rest of a child, which prints one JSON object ---
 
-CALLER = """
-clock, bursts = time.perf_counter_ns, []
-for burst in range(120):
-    begun = clock()
-    for number in range(50):
-        call(number)
-    bursts.append((clock() - begun) / 50)
-    time.sleep(0.005)
-print(json.dumps({"ns": statistics.median(bursts[20:])}))
-os._exit(0)  # A peer whose server is not there tries for half a minute at exit.
-"""
 WHOLE = """
 for number in range(1000): call(number)
 count, begun = 20_000, time.process_time_ns()
@@ -137,13 +127,13 @@ print(json.dumps({"ms": (time.perf_counter_ns() - begun) / 1e6}))
 
 def caller(rounds: int) -> Table:
     """What a call costs its caller over the floor: bursts of 50 calls, with pauses."""
-    found = alternate({name: SUBJECTS[name] + CALLER for name in CALLERS}, rounds)
+    found = alternate({name: SUBJECTS[name] + BURSTS for name in CALLERS}, rounds)
     return _over_the_floor(found, "floor (NullHandler)", "QueueHandler + QueueListener")
 
 
 def chains(rounds: int) -> Table:
     """The same at the end of a structlog chain."""
-    found = alternate({name: SUBJECTS[name] + CALLER for name in CHAINS}, rounds)
+    found = alternate({name: SUBJECTS[name] + BURSTS for name in CHAINS}, rounds)
     return _over_the_floor(found, "structlog, floor", "structlog, orjson to a file")
 
 
@@ -225,6 +215,7 @@ SECTIONS: dict[str, Callable[[int], Table]] = {
     each.__name__: each
     for each in (
         caller,
+        steps,
         whole,
         computing,
         chains,
@@ -247,7 +238,8 @@ MORE_PEERS = ("concurrent-log-handler", "opentelemetry-sdk", "python-logstash-as
 
 def versions() -> str:
     """Return what was measured on what."""
-    found = [f"{os.cpu_count()} cores, {platform.platform()}, CPython {platform.python_version()}"]
+    found = [f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"]
+    found.append(f"CPython {platform.python_version()}")
     for name in (*PEERS, *MORE_PEERS):
         try:
             found.append(f"{name} {version(name)}")
