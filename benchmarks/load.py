@@ -214,7 +214,7 @@ def sizes(rounds: int) -> Table:
         kind, name = key.split(" | ")
         if name != BESIDE[0]:
             over = each["caller"] - found[f"{kind} | {BESIDE[0]}"]["caller"]
-            figures = [f"{over:.1f}", f"{each['whole']:.1f}", f"{each['rate']:.0f}"]
+            figures = [f"{over:.1f}", f"{each['whole']:.1f}", f"{each['rate']:,.0f}"]
             rows.append([kind, f"{each['bytes']:,.0f}", name, *figures])
     head = ["event", "bytes", "", "caller, over the floor, µs", "whole CPU, µs", "MB a second"]
     return head, rows
