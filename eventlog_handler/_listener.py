@@ -130,7 +130,7 @@ class Listener:
             if self._running:
                 return
             if self._ending:
-                self.drain_here(time.monotonic() + self.shutdown_timeout_seconds)
+                self._drain_at_once()
                 return
             self._running = True
             thread = threading.Thread(target=self._run, name="eventlog-listener", daemon=True)
@@ -139,7 +139,7 @@ class Listener:
         except RuntimeError:
             # From 3.12 on no thread starts once the interpreter is about to end.
             self._running = False
-            self.drain_here(time.monotonic() + self.shutdown_timeout_seconds)
+            self._drain_at_once()
         finally:
             self._starting.release()
 
@@ -193,24 +193,29 @@ class Listener:
         return RETRY_SECONDS if self._failing else RECOVERY_SECONDS
 
     def _finished(self) -> bool:
-        return self._ending and (self.depth == 0 or self._is_late())
+        return self._ending and (self.depth == 0 or time.monotonic() >= self._deadline)
 
-    def _is_late(self) -> bool:
-        """Whether this is the thread, and its time is up."""
-        return self._ending and self.is_current_thread and time.monotonic() >= self._deadline
+    def _drain_at_once(self) -> None:
+        """Write what no thread will write any more, also where the budget for an end is 0."""
+        self.drain_here(time.monotonic() + max(RETRY_SECONDS, self.shutdown_timeout_seconds))
 
     def drain_here(self, deadline: float) -> None:
         """Write on this thread what is waiting, until `deadline`, unless another thread does."""
         if not self._consuming.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return
         try:
-            while self.depth and (not self._failing or time.monotonic() < deadline):
-                self._step(RETRY_SECONDS if self._failing else 0.0)
+            while self.depth and time.monotonic() < deadline:
+                self._step(RETRY_SECONDS if self._failing else 0.0, deadline)
         finally:
             self._consuming.release()
 
-    def _step(self, timeout_seconds: float) -> None:
-        """Take a batch and write it; what cannot be written is kept, in order, and tried again."""
+    def _step(self, timeout_seconds: float, deadline: float | None = None) -> None:
+        """Take a batch and write it; what cannot be written is kept, in order, and tried again.
+
+        Args:
+            timeout_seconds: How long to wait for the first event.
+            deadline: From then on no further file is begun; the thread's own unless given.
+        """
         marker = None
         if self.kept < self._capacity:
             events, marker = self._handoff.take(BATCH, timeout_seconds)
@@ -222,7 +227,7 @@ class Listener:
         self._failing = False
         try:
             for session_id in list(self._kept):
-                if self._is_late():
+                if time.monotonic() >= (self._deadline if deadline is None else deadline):
                     break
                 self._write(session_id, self._kept[session_id])
         finally:

@@ -26,8 +26,9 @@ from eventlog_handler._report import Report
 from eventlog_handler._ring import Damage, read_note, read_ring
 from eventlog_handler.typing import EncodedEvent
 
-LINE_TO_RECORD = 2
-"""A line is not as long as this many of the records that the ring holds of it (1.3 at most)."""
+TAIL_RATIO = 4
+"""Bytes of a file that are searched for ids, for each byte of its process's rings. A line takes at
+most 1.3 of its record; events that had rings of their own, now gone, may stand behind it."""
 STALE_SECONDS = 60.0
 SETTLED_SECONDS = 0.3
 """More than a write may pause between two pages (200 ms, where too many are dirty)."""
@@ -126,7 +127,7 @@ def _recover_process(
     if since is not None:
         unwritten = {place: by_session[s] for s in places for place in places[s]}
         repair_tails(base, process, since, unwritten)
-    tail = LINE_TO_RECORD * sum(os.fstat(fd).st_size for fd in rings.values())
+    tail = TAIL_RATIO * sum(os.fstat(fd).st_size for fd in rings.values())
     count = 0
     for session_id, theirs in by_session.items():
         there = set().union(*(written_ids(place, process, tail) for place in places[session_id]))

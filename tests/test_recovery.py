@@ -20,7 +20,7 @@ from eventlog_handler import _encode, _recovery
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._paths import SessionPaths
-from eventlog_handler._recovery import LINE_TO_RECORD, recover, repair_tails, written_ids
+from eventlog_handler._recovery import TAIL_RATIO, recover, repair_tails, written_ids
 from eventlog_handler._report import Report
 from eventlog_handler._ring import pack, space
 from eventlog_handler.typing import EncodedEvent
@@ -146,16 +146,16 @@ def test_all_that_a_ring_can_hold_is_looked_for(
     handoff.abandon()
     dead_process()
     assert recovered(base, write_to()) == 1
-    assert searched[0] > 2 * 2**27
+    assert searched[0] > TAIL_RATIO * 2**27
 
 
 @given(st.none() | st.text(), st.text(), st.binary(), st.integers(1, 10**9))
 def test_no_line_is_longer_than_what_is_searched_for_it(
     session_id: str | None, kind: str, body: bytes, seq: int
 ) -> None:
-    """A line and its separator take less than `LINE_TO_RECORD` times the event's record."""
+    """A line and its separator take less than `TAIL_RATIO` times the event's record."""
     each = EncodedEvent(session_id, kind, _encode.new_id(), NOW, body)
-    assert len(each.line(seq)) + 2 < LINE_TO_RECORD * space(pack(each))
+    assert len(each.line(seq)) + 2 < TAIL_RATIO * space(pack(each))
 
 
 def test_nothing_is_written_twice_without_a_session(
