@@ -92,7 +92,7 @@ gateway = EventSessionLogger(folder)
     # One file that stays open, nobody else, nothing downstream, no figures, nothing that fails.
     "all of it in one function, without what can wait": """
 import orjson
-from eventlog_handler._encode import new_id, timestamp
+from eventlog_handler._stamp import new_id, timestamp
 class AtOnce:
     def __init__(self):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND

@@ -43,7 +43,7 @@ STEPS = {
 # is asked for, and no ring is ever full.
 AT_ONCE = """
 import mmap, queue, struct, zlib, orjson
-from eventlog_handler._encode import new_id, timestamp
+from eventlog_handler._stamp import new_id, timestamp
 class AtOnce(logging.Handler):
     def __init__(self):
         super().__init__()

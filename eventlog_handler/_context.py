@@ -36,28 +36,25 @@ def silence(names: Iterable[str]) -> None:
     Args:
         names: Of loggers that drivers use on threads of their own, where `delivering` is not set.
     """
-    global _driver_loggers, _known
+    global _driver_loggers, silenced
     _driver_loggers = tuple({*_driver_loggers, *(f"{name}." for name in names)})
     # A new one, last: whoever is asking has the old one, and may put an old answer there.
-    _known = {}
+    silenced = Silenced()
 
 
-_known: dict[str, bool] = {}
+class Silenced(dict[str, bool]):
+    """By name: whether a logger, or one above it, was silenced; found out at the first question."""
 
-
-def is_silenced(name: Any) -> bool:
-    """Return whether a logger, or one above it, was silenced."""
-    known = _known
-    if type(name) is not str:
-        # A record that was made by hand may have any name.
-        name = str(name)
-    found = known.get(name)
-    if found is None:
-        if len(known) >= 1000:
+    def __missing__(self, name: str) -> bool:
+        """Find it out."""
+        if len(self) >= 1000:
             # Names that are made for each call must not fill the memory.
-            known.clear()
-        found = known[name] = f"{name}.".startswith(_driver_loggers)
-    return found
+            self.clear()
+        found = self[name] = f"{name}.".startswith(_driver_loggers)
+        return found
+
+
+silenced = Silenced()
 
 
 teed: dict[int, list[Any]] = {}

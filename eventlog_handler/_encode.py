@@ -1,17 +1,12 @@
-"""Any Python value to JSON bytes, without ever failing; ids and timestamps of events."""
+"""Any Python value to JSON bytes, without ever failing."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
-import math
-import secrets
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from typing import Any
 
 import orjson
@@ -29,19 +24,20 @@ def encode(fields: Mapping[str, Any]) -> bytes:
 
     What JSON has no word for is replaced: text for most objects, their fields for models and
     dataclasses, lists for sets, `null` for NaN and infinities. Never raises an `Exception`.
+
+    Who keeps them copies them: orjson's bytes keep the buffer that they were made in, 4 kB or more.
     """
     try:
-        # Without an option for keys that are no text: it costs as much as all the rest. A copy, as
-        # orjson's own bytes keep the buffer that they were made in: at least 4 kB for each event.
-        return b"%b" % orjson.dumps(fields, option=orjson.OPT_PASSTHROUGH_DATACLASS)
+        # Without an option for keys that are no text: it costs as much as all the rest.
+        return orjson.dumps(fields, None, orjson.OPT_PASSTHROUGH_DATACLASS)
     except TypeError:
         pass
     try:
-        return b"%b" % orjson.dumps(fields, default=plain, option=_options())
+        return orjson.dumps(fields, default=plain, option=_options())
     except Exception:
         # A circle, a lone surrogate, an integer of more than 64 bits, an object that defends
         # itself: rare enough to pay a walk in Python, 10 to 50 times slower.
-        return b"%b" % orjson.dumps(_careful(fields, ()))
+        return orjson.dumps(_careful(fields, ()))
 
 
 def _options() -> int:
@@ -185,50 +181,3 @@ def _integer(value: int) -> int | str:
     if -(2**63) <= value < 2**64:
         return value
     return hex(value) if value.bit_length() > 3 * _LONGEST_INT else str(value)
-
-
-_prefix = secrets.token_hex(10)
-_numbers = itertools.count(1)
-
-
-def new_id() -> str:
-    """Return an id that no other event ever gets: 80 random bits of this process, and a number."""
-    # `next` of a count is one step under the interpreter's lock, so threads need no lock of ours.
-    return f"{_prefix}-{next(_numbers)}"
-
-
-def process_id() -> str:
-    """Return what the ids of this process's events begin with."""
-    return _prefix
-
-
-def renew_process_id() -> None:
-    """In a forked child: give its events ids of their own."""
-    global _prefix
-    _prefix = secrets.token_hex(10)
-
-
-_second: tuple[int, str] = (0, "1970-01-01T00:00:00.")
-
-
-def timestamp(seconds: float) -> str:
-    """Return Unix time `seconds` as ISO 8601 in UTC with microseconds.
-
-    A time that no calendar has (a record may be made by hand) is taken to be now.
-    """
-    global _second
-    # One tuple, replaced as a whole: no thread sees a mixture of two.
-    known, text = _second
-    try:
-        rest = round((seconds - known) * 1_000_000)
-        if not 0 <= rest < 1_000_000:
-            # Counted from the second in both cases: a large product rounds otherwise.
-            known = math.floor(seconds)
-            more, rest = divmod(round((seconds - known) * 1_000_000), 1_000_000)
-            known += more
-            text = datetime.fromtimestamp(known, timezone.utc).isoformat()[:19] + "."
-            _second = (known, text)
-    except (ValueError, OverflowError, OSError):
-        return timestamp(time.time())
-    # Leading zeros are rare, and asking for six digits costs as much as all the rest.
-    return f"{text}{rest}+00:00" if rest > 99_999 else f"{text}{rest:06}+00:00"

@@ -16,9 +16,9 @@ from eventlog_handler._config import (
 )
 from eventlog_handler._context import captures
 from eventlog_handler._listener import FULL_PAUSE_SECONDS, Listener
-from eventlog_handler._snapshot import record_fields
+from eventlog_handler._snapshot import record_fields, usual_event
 from eventlog_handler.session_logger import EventSessionLogger
-from eventlog_handler.typing import EncodedEvent, EventFields
+from eventlog_handler.typing import EventFields, EventHead
 
 
 class Feed:
@@ -60,18 +60,20 @@ class Feed:
 
     def put_record(self, record: logging.LogRecord) -> None:
         """Snapshot a record and hand it off."""
-        intake, event = self._intake, None
-        if not (self._closed or self.gateway._closed):
+        intake, found = self._intake, None
+        if not (self._closed or self.gateway._closed or intake.processors or captures):
             # Arguments that do not fit their format string: the long way knows what to do.
             try:
-                event = intake.of_record(record)
+                found = usual_event(record, intake.session_field)
             except Exception:
-                event = None
-        if event is None:
+                found = None
+        if found is None:
             session_id = getattr(record, intake.session_field, None)
             self.put(record_fields(record), record.created, record.levelno, session_id)
-        elif self._sync_level is not None or not self._listener.put(event):
-            self._hand_off(event, record.levelno)
+            return
+        head, body = found
+        if self._sync_level is not None or not self._listener.put(head, body):
+            self._hand_off(head, body, record.levelno)
 
     def put(
         self,
@@ -98,27 +100,28 @@ class Feed:
         if session_id is None and self._ignore_unknown:
             report.drop("no_session")
             return
-        event = intake.snapshot(fields, session_id, seconds, complete)
-        if event is not None and not captures:
-            self._hand_off(event, level)
+        found = intake.snapshot(fields, session_id, seconds, complete)
+        if found is not None and not captures:
+            head, body = found
+            self._hand_off(head, body, level)
 
-    def _hand_off(self, event: EncodedEvent, level: int) -> None:
+    def _hand_off(self, head: EventHead, body: bytes, level: int) -> None:
         sync = self._sync_level
         # A record that was made by hand may have no level.
         sync = sync is not None and bool(level) and level >= sync
-        if not self._listener.put(event, sync):
-            self._wait_for_room(event, sync)
+        if not self._listener.put(head, body, sync):
+            self._wait_for_room(head, body, sync)
 
-    def _wait_for_room(self, event: EncodedEvent, sync: bool) -> None:
+    def _wait_for_room(self, head: EventHead, body: bytes, sync: bool) -> None:
         # What the listener itself logs (a finalizer, an error handler) waits for nobody: nobody
         # else makes room.
         seconds = 0.0 if self._listener.is_current_thread else self._block_seconds
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(FULL_PAUSE_SECONDS)
-            if self._listener.put(event, sync):
+            if self._listener.put(head, body, sync):
                 return
-        self.gateway._report.drop_untold("overflow", event.session_id)
+        self.gateway._report.drop_untold("overflow", head[0])
 
     def close(self, late: bool) -> None:
         """Write what is left, within the shutdown budget; the gateway is closed if it is our own.

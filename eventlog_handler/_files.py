@@ -207,7 +207,7 @@ class SessionFiles:
                 file.generation = registrar.register(path, name, file.size)
         pieces, size, ends = self._chunk(file, events)
         chunk = events[: len(ends)]
-        written = Written(outbox, path, name, file.size, file.seq + 1, chunk, ends)
+        written = Written._make((outbox, path, name, file.size, file.seq + 1, chunk, ends))
         self._write(session_id, file, pieces, size)
         return file, written, size
 

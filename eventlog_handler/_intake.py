@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
 
 from eventlog_handler._config import Settings
 from eventlog_handler._context import bound_session, captures, current
-from eventlog_handler._encode import as_text, encode, encode_and_load, new_id, timestamp
+from eventlog_handler._encode import as_text, encode, encode_and_load
 from eventlog_handler._report import Report
-from eventlog_handler._snapshot import event_fields, usual_fields
+from eventlog_handler._snapshot import event_fields
+from eventlog_handler._stamp import known_time, new_id
 from eventlog_handler.exceptions import SerializationError
 from eventlog_handler.redact import drop_system_prompt
-from eventlog_handler.typing import EncodedEvent, EventFields
-
-# Without the call in Python that a named tuple's own constructor is.
-_event: Callable[[tuple[str | None, str, str, str, bytes]], EncodedEvent] = functools.partial(
-    tuple.__new__, EncodedEvent
-)
+from eventlog_handler.typing import EncodedEvent, EventFields, EventHead
 
 
 class Intake:
@@ -40,7 +35,17 @@ class Intake:
         """Go by other options from now on."""
         self.session_field = settings.session_id_field
         prompt = () if settings.include_system_prompt else (drop_system_prompt,)
-        self._processors = (*prompt, *settings.processors)
+        self.processors = (*prompt, *settings.processors)
+
+    def take(self, event: Any) -> EncodedEvent | None:
+        """Encode anything that is awaited; None where it is dropped on purpose."""
+        fields = self.read(event)
+        found = self.snapshot(fields, self.session_of(fields), time.time())
+        if found is None:
+            return None
+        head, body = found
+        # A copy: orjson's own bytes are larger than what is in them.
+        return EncodedEvent._make((*head, b"%b" % body))
 
     def read(self, event: Any) -> EventFields:
         """Return the fields of anything, as a dict of their own."""
@@ -67,8 +72,8 @@ class Intake:
 
     def snapshot(
         self, fields: EventFields, session_id: str | None, seconds: float, complete: bool = True
-    ) -> EncodedEvent | None:
-        """Encode an event on its caller's thread; None where it is dropped on purpose.
+    ) -> tuple[EventHead, bytes] | None:
+        """Return an event's head and its body; None where it is dropped on purpose.
 
         Args:
             fields: Its own dict; it is changed.
@@ -82,7 +87,7 @@ class Intake:
                 fields.setdefault(name, value)
         if complete and session_id is not None and fields.get("session_id") is None:
             fields["session_id"] = session_id
-        processed = self._process(fields) if self._processors else fields
+        processed = self._process(fields) if self.processors else fields
         if processed is None:
             self._report.drop("filtered")
             return None
@@ -93,33 +98,12 @@ class Intake:
         kind = processed.get("type", "event")
         if type(kind) is not str:
             kind = as_text(kind)
-        return _event((session_id, kind, new_id(), timestamp(seconds), body))
-
-    def of_record(self, record: logging.LogRecord) -> EncodedEvent | None:
-        """Encode a record the short way; None where it has to go the long one.
-
-        The same as `record_fields` and `snapshot` for what most records are, without what those
-        ask for the others.
-        """
-        bound_id, bound = current.get()
-        if bound or self._processors or captures:
-            return None
-        fields = usual_fields(record)
-        if fields is None:
-            return None
-        session_id = record.__dict__.get(self.session_field, bound_id)
-        kind = fields["type"]
-        if type(session_id) is not str or type(kind) is not str:
-            return None
-        if fields["session_id"] is None:
-            fields["session_id"] = session_id
-        body = encode(fields)
-        return _event((session_id, kind, new_id(), timestamp(record.created), body))
+        return (session_id, kind, new_id(), known_time(seconds)), body
 
     def _process(self, fields: EventFields) -> Mapping[str, Any] | None:
         """Run the processors on a copy that shares nothing with the application's objects."""
         data: Any = encode_and_load(fields)
-        for processor in self._processors:
+        for processor in self.processors:
             try:
                 data = processor(data)
                 if not isinstance(data, Mapping):

@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from eventlog_handler._encode import process_id
+import orjson
+
 from eventlog_handler._files import sync_directory
 from eventlog_handler._handoff import MemoryHandoff
-from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, pack, space
-from eventlog_handler.typing import EncodedEvent, Marker
+from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, body_of, pack, space
+from eventlog_handler._stamp import process_id
+from eventlog_handler.typing import EncodedEvent, EventHead, Marker
 
 OWN_DIRECTORY = ".eventlog"
 """Below the base, ours alone: no session's name begins with a dot."""
@@ -158,14 +160,18 @@ class JournalHandoff(MemoryHandoff):
         self._entries: dict[str, tuple[MappedRing, tuple[int, int]]] = {}
         self._must_sync: set[str] = set()
 
-    def put(self, event: EncodedEvent, sync: bool = False) -> bool:
+    def put(self, head: EventHead, body: bytes, sync: bool = False) -> bool:
         """Accept an event, or return False when full. It is safe from a kill when this returns.
 
         Args:
-            event: What is handed off.
+            head: All of it but its body.
+            body: Its JSON object.
             sync: Whether to return only after it is on the disk.
         """
-        payload = pack(event)
+        try:
+            payload = orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
+        except TypeError:
+            payload = pack(head, body)
         sync = sync or self._always_sync
         if self._depth:
             self._yield()
@@ -182,7 +188,7 @@ class JournalHandoff(MemoryHandoff):
                 region = ring.ring.append(payload)
                 if region is None:
                     return False
-                self._queue.put((event, ring, region, sync))
+                self._queue.put((head, payload, ring, region, sync))
             finally:
                 self._depth = depth
         if sync:
@@ -212,11 +218,14 @@ class JournalHandoff(MemoryHandoff):
     def take(self, limit: int, timeout_seconds: float) -> tuple[list[EncodedEvent], Marker | None]:
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
         entries, marker = self._take_entries(limit, timeout_seconds)
-        for event, ring, region, sync in entries:
+        events = []
+        for head, payload, ring, region, sync in entries:
+            event = EncodedEvent._make((*head, body_of(payload)))
+            events.append(event)
             self._entries[event.id] = ring, region
             if sync:
                 self._must_sync.add(event.id)
-        return [entry[0] for entry in entries], marker
+        return events, marker
 
     def must_sync(self, events: Iterable[EncodedEvent]) -> bool:
         """Return whether any of these has to be on the disk before its ring lets go of it."""

@@ -10,7 +10,7 @@ import time
 import weakref
 from typing import Protocol
 
-from eventlog_handler._encode import renew_process_id
+from eventlog_handler._stamp import renew_process_id
 
 
 class Owner(Protocol):

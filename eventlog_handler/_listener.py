@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from eventlog_handler import _lifecycle
-from eventlog_handler._encode import encode, new_id, timestamp
+from eventlog_handler._encode import encode
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._recovery import recover
 from eventlog_handler._report import warn
+from eventlog_handler._stamp import new_id
 from eventlog_handler.session_logger import EventSessionLogger
-from eventlog_handler.typing import EncodedEvent
+from eventlog_handler.typing import EncodedEvent, EventHead
 
 BATCH = 50_000
 """Events taken at once: what waits is sorted by session, so that many share the opening of a file.
@@ -104,15 +105,16 @@ class Listener:
         """What a handed-off event survives: `memory`, `process` or `disk`."""
         return self._durability
 
-    def put(self, event: EncodedEvent, sync: bool = False) -> bool:
+    def put(self, head: EventHead, body: bytes, sync: bool = False) -> bool:
         """Accept an event, or return False when full.
 
         Args:
-            event: What is handed off.
+            head: All of it but its body.
+            body: Its JSON object.
             sync: Whether to return only after it is on the disk.
         """
         try:
-            accepted = self._handoff.put(event, sync)
+            accepted = self._handoff.put(head, body, sync)
         except OSError as error:
             # It is handed off, and not on the disk: its file will be synced, or tried until it is.
             self.gateway._report.local(error, "journal")
@@ -185,7 +187,7 @@ class Listener:
             self._kept.clear()
         self._unsynced.clear()
         for event in events:
-            self._handoff.put(event)
+            self._handoff.put(event[:4], event.body)
 
     def _pause_seconds(self) -> float:
         if self.gateway._report.untold:
@@ -296,9 +298,7 @@ class Listener:
         for (session_id, reason), count in report.take_untold().items():
             fields = {"type": "eventlog.dropped", "session_id": session_id}
             body = encode({**fields, "reason": reason, "count": count})
-            notice = EncodedEvent(
-                session_id, "eventlog.dropped", new_id(), timestamp(time.time()), body
-            )
+            notice = EncodedEvent(session_id, "eventlog.dropped", new_id(), time.time(), body)
             self._kept.setdefault(session_id, []).append(notice)
             report.notices += 1
 

@@ -31,10 +31,10 @@ from eventlog_handler._database import (
     open_database,
     text,
 )
-from eventlog_handler._encode import process_id
 from eventlog_handler._journal import OWN_DIRECTORY, journal_directory
 from eventlog_handler._owner import come_alive, exclusive, lives, owners, remove
 from eventlog_handler._report import Report, warn
+from eventlog_handler._stamp import process_id
 
 MADE = "delivery.made"
 """Says that there was a database once: if it is not there then, it was lost."""

@@ -20,10 +20,10 @@ from types import MappingProxyType
 
 import orjson
 
-from eventlog_handler._encode import process_id
 from eventlog_handler._journal import OWN_DIRECTORY, SUFFIX
 from eventlog_handler._report import Report
 from eventlog_handler._ring import Damage, read_note, read_ring
+from eventlog_handler._stamp import process_id
 from eventlog_handler.typing import EncodedEvent
 
 TAIL_RATIO = 4

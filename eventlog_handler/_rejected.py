@@ -16,9 +16,10 @@ from pathlib import Path
 
 import orjson
 
-from eventlog_handler._encode import encode, timestamp
+from eventlog_handler._encode import encode
 from eventlog_handler._journal import OWN_DIRECTORY, journal_directory
 from eventlog_handler._paths import session_to_name
+from eventlog_handler._stamp import timestamp
 from eventlog_handler.typing import OutgoingEvent
 
 REJECTED = "rejected"

@@ -12,7 +12,7 @@ in the machine's own order:
 4096   ring of `capacity` bytes
 ```
 
-A record is its position xor the nonce, its length and CRC-32 in one word, then the payload, padded
+A record is its position xor the nonce, its CRC-32 and length in one word, then the payload, padded
 to 16 bytes; one without payload says that the rest of the lap is empty. Positions count from 0 and
 never wrap, only their place in the ring does: so what an earlier lap left can be told from what is
 new, and a reader that has lost its way finds the next record.
@@ -20,27 +20,31 @@ new, and a reader that has lost its way finds the next record.
 
 from __future__ import annotations
 
-import itertools
+import json
 import struct
 import sys
 import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from eventlog_handler.typing import EncodedEvent
+import orjson
 
-MAGIC = int.from_bytes(b"EVLRING2", "little")
+from eventlog_handler.typing import EncodedEvent, EventHead
+
+MAGIC = int.from_bytes(b"EVLRING3", "little")
 HEADER_BYTES = 4096
 ALIGN = 16
 _COPIES = (0, 512)
 _TAILS = (1024, 1536)
 _HEAD = 2048
 _NOTE = 2560
+_LARGE = 4096
+"""Bytes from which a record is not copied once more to be stored as one."""
 _WORD = struct.Struct("<Q")
 _WORDS = struct.Struct("<QQ")
+_RECORD = struct.Struct("<QII")
 _FIELDS = struct.Struct("<QQQ")
 _HEADER = struct.Struct("<QQQQ")
-_PAYLOAD = struct.Struct("<BHIi")
 
 
 class Damage(NamedTuple):
@@ -50,39 +54,32 @@ class Damage(NamedTuple):
     content: bytes
 
 
-def pack(event: EncodedEvent) -> bytes:
-    """Return an event as a record's payload."""
-    session_id, kind, unique, timestamp, body = event
-    session = session_id or ""
-    text = f"{unique}{timestamp}{kind}{session}"
-    of_kind, of_session = len(kind), len(session)
-    if text.isascii():
-        raw = text.encode()
-    else:
-        raw = text.encode("utf-8", "surrogatepass")
-        of_kind = len(kind.encode("utf-8", "surrogatepass"))
-        of_session = len(session.encode("utf-8", "surrogatepass"))
-    if session_id is None:
-        of_session = -1
-    return _PAYLOAD.pack(len(unique), len(timestamp), of_kind, of_session) + raw + body
+def pack(head: EventHead, body: bytes) -> bytes:
+    """Return an event as a record's payload: its head as a line of JSON, and its body."""
+    try:
+        return orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
+    except TypeError:
+        # Lone surrogates, which UTF-8 has not, are escaped by the slower one.
+        return b"%b\n%b" % (json.dumps(head).encode(), body)
+
+
+def body_of(payload: bytes) -> bytes:
+    """Return the body of a payload that `pack` made."""
+    return payload[payload.index(b"\n") + 1 :]
 
 
 def unpack(payload: bytes) -> EncodedEvent:
     """Return the event of a payload that `pack` made."""
-    ids, stamp, kind, session = _PAYLOAD.unpack_from(payload)
-    ends = [_PAYLOAD.size]
-    for length in (ids, stamp, kind, max(0, session)):
-        ends.append(ends[-1] + length)
-    texts = [payload[a:b].decode("utf-8", "surrogatepass") for a, b in itertools.pairwise(ends)]
-    session_id = None if session < 0 else texts[3]
-    return EncodedEvent(session_id, texts[2], texts[0], texts[1], payload[ends[-1] :])
+    head, _, body = payload.partition(b"\n")
+    return EncodedEvent._make((*json.loads(head), body))
 
 
-def _check(position: int, payload: bytes) -> int:
-    """Return a record's second word: its length, and a checksum that covers where it stands."""
-    # For one content each start gives another sum, so that the place counts as the content does.
-    # Never from 0: of nothing the sum would be 0 then, as that of a word that is not written yet.
-    return len(payload) << 32 | zlib.crc32(payload, position + 1 & 0xFFFFFFFF)
+_checksum = zlib.crc32
+"""Of a record's payload, from its position plus 1.
+
+For one content each start gives another sum, so that the place counts as the content does. Never
+from 0: of nothing the sum would be 0 then, as that of a word that is not written yet.
+"""
 
 
 def space(payload: bytes) -> int:
@@ -105,6 +102,10 @@ class Ring:
         self._nonce = nonce
         self.capacity = len(buffer) - HEADER_BYTES
         self.head = self.tail = 0
+        self._lap = 0
+        """The position at which the lap began that is written."""
+        self._free = 0
+        """Up to which position of this lap there is room, as far as is known."""
         self._tail_writes = 0
         self._done: dict[int, int] = {}
         fields = (MAGIC, self.capacity, nonce)
@@ -122,24 +123,42 @@ class Ring:
         It counts once its checksum fits what stands behind it, in whatever order the bytes arrive.
         What a kill or an exception cuts off before that is overwritten by the next.
         """
-        capacity, begin = self.capacity, self.head
-        size = len(payload) + 31 & -ALIGN  # as `space`, without the call
-        left = capacity - begin % capacity
-        position = begin if size <= left else begin + left
-        end = position + size
-        if end - self.tail > capacity:
-            return None
-        if position != begin:
-            self._write(begin, b"")
-        self._write(position, payload)
-        self._head[0] = self.head = end
+        begin = position = self.head
+        length = len(payload)
+        size = length + 31 & -ALIGN  # as `space`, without the call
+        if begin + size > self._free:
+            found = self._make_room(size)
+            if found is None:
+                return None
+            position = found
+        at = HEADER_BYTES + position - self._lap
+        words = _RECORD.pack(position ^ self._nonce, _checksum(payload, position + 1), length)
+        if length < _LARGE:
+            # As one: a second store costs more than the copy.
+            self.buffer[at : at + 16 + length] = words + payload
+        else:
+            self.buffer[at : at + 16] = words
+            self.buffer[at + 16 : at + 16 + length] = payload
+        self._head[0] = self.head = end = position + size
         return begin, end
 
-    def _write(self, position: int, payload: bytes) -> None:
-        at = HEADER_BYTES + position % self.capacity
-        # Not as one: joining the two would be one more copy, of up to megabytes.
-        self.buffer[at : at + 16] = _WORDS.pack(position ^ self._nonce, _check(position, payload))
-        self.buffer[at + 16 : at + 16 + len(payload)] = payload
+    def _make_room(self, size: int) -> int | None:
+        """Return where a record of `size` bytes can begin, or None where there is no room."""
+        capacity, begin = self.capacity, self.head
+        left = capacity - begin % capacity
+        position = begin if size <= left else begin + left
+        if position + size - self.tail > capacity:
+            return None
+        # Nothing is free, should an exception come before all of this is in step again.
+        self._free = 0
+        if position != begin:
+            at = HEADER_BYTES + begin % capacity
+            words = _RECORD.pack(begin ^ self._nonce, _checksum(b"", begin + 1), 0)
+            self.buffer[at : at + 16] = words
+            self.head = position
+        self._lap = position - position % capacity
+        self._free = min(self._lap, self.tail) + capacity
+        return position
 
     def done(self, begin: int, end: int) -> None:
         """Let go of a record; its room is free once all before it are done too."""
@@ -160,6 +179,7 @@ class Ring:
         What is written again and again stays in the processor's cache, and its pages need no fault.
         """
         self._done.clear()
+        self._free = 0
         self.head += -self.head % self.capacity
         # Both slots: an older one would tell of records in the stretch that is left out.
         for _ in _TAILS:
@@ -260,12 +280,11 @@ def _read_record(
 ) -> tuple[bytes, int] | None:
     """Return the payload of the record at `position` and where the next one is, or None."""
     at = HEADER_BYTES + position % capacity
-    tag, word = _WORDS.unpack_from(content, at)
+    tag, check, length = _RECORD.unpack_from(content, at)
     if tag != position ^ nonce:
         return None
-    length = word >> 32
     payload = content[at + 16 : at + 16 + length]
-    if len(payload) != length or word != _check(position, payload):
+    if len(payload) != length or check != _checksum(payload, position + 1):
         return None
     left = capacity - position % capacity
     following = position + (space(payload) if payload else left)

@@ -12,14 +12,15 @@ from typing import Any
 
 import orjson
 
-from eventlog_handler._encode import as_text, object_fields, public_attributes
-from eventlog_handler.typing import EventFields
+from eventlog_handler._context import current
+from eventlog_handler._encode import as_text, encode, object_fields, public_attributes
+from eventlog_handler._stamp import LAST_SECOND, new_id
+from eventlog_handler.typing import EventFields, EventHead
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 _NAMES = tuple(logging.makeLogRecord({}).__dict__)
-_COUNT, _SPAN = len(_NAMES), len(_NAMES) - 1
-_ENDS = [_NAMES[0], _NAMES[-1]]
+_COUNT, _FIRST, _LAST = len(_NAMES), _NAMES[0], _NAMES[-1]
 _STANDARD = frozenset(_NAMES) | {
     # Set later by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`.
     "message",
@@ -78,23 +79,38 @@ def _add_traces(fields: EventFields, record: logging.LogRecord) -> None:
         _add(fields, "stack_info", record.stack_info)
 
 
-def usual_fields(record: logging.LogRecord) -> EventFields | None:
-    """Return what `record_fields` does, in two thirds of the time; None for unusual records."""
+def usual_event(record: logging.LogRecord, field: str) -> tuple[EventHead, bytes] | None:
+    """Return what `record_fields` and the long way behind it lead to, in half of their time.
+
+    Args:
+        record: What was logged.
+        field: The name of the session's field.
+
+    Returns:
+        Head and body; None for a record that only the long way knows how to take.
+
+    Raises:
+        Exception: Arguments do not fit their format string.
+    """
+    bound_id, bound = current.get()
     held, text, args = record.__dict__, record.msg, record.args
     names = list(held)
     # The standard ones come first, in the order in which a record is made; if the first and the
     # last of them are in their places, so are the others.
     if (
-        type(text) is not str
+        bound
+        or type(text) is not str
         or type(record) is not logging.LogRecord
-        or names[:_COUNT:_SPAN] != _ENDS
+        or names[0] != _FIRST
+        or names[_COUNT - 1] != _LAST
         or record.exc_info
         or record.exc_text
         or record.stack_info
     ):
         return None
+    kind, seconds = "log", record.created
     fields: EventFields = {
-        "type": "log",
+        "type": kind,
         "session_id": None,
         "level": record.levelname,
         "logger": record.name,
@@ -104,10 +120,21 @@ def usual_fields(record: logging.LogRecord) -> EventFields | None:
         if name not in _TAKEN:
             fields[name] = held[name]
         elif name == "event_type":
-            fields["type"] = held[name] or "log"
+            fields["type"] = kind = held[name] or kind
         elif name not in _STANDARD:
             return None
-    return fields
+    session_id = held.get(field, bound_id)
+    if type(session_id) is not str or type(kind) is not str or type(seconds) is not float:
+        return None
+    if not 0 <= seconds < LAST_SECOND:
+        return None
+    if fields["session_id"] is None:
+        fields["session_id"] = session_id
+    try:
+        body = orjson.dumps(fields, None, orjson.OPT_PASSTHROUGH_DATACLASS)
+    except TypeError:
+        body = encode(fields)
+    return (session_id, kind, new_id(), seconds), body
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -215,6 +242,8 @@ def event_fields(event: Any) -> EventFields:
     objects their public attributes, with the class's name as `type` if they have none; all else
     becomes the message of an event of type `message`.
     """
+    if type(event) is dict:
+        return event.copy()
     found = object_fields(event)
     if found is not None:
         fields = dict(found)

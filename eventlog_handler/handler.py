@@ -6,7 +6,8 @@ import logging
 import sys
 from typing import Any
 
-from eventlog_handler._context import delivering, is_silenced, is_teed, teed
+from eventlog_handler import _context
+from eventlog_handler._context import delivering, is_teed, teed
 from eventlog_handler._feed import Feed
 from eventlog_handler._snapshot import json_object
 from eventlog_handler.session_logger import EventSessionLogger
@@ -80,7 +81,10 @@ class EventLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Snapshot the record and hand it off."""
         try:
-            if delivering.get() or is_silenced(record.name) or (teed and self._is_teed()):
+            name = record.name
+            # A record that was made by hand may have any name.
+            name = name if type(name) is str else str(name)
+            if delivering.get() or _context.silenced[name] or (teed and self._is_teed()):
                 return
             formatter = self.formatter
             # The plain class makes no JSON, and `basicConfig` sets one where there is none.

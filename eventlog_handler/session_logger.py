@@ -219,17 +219,19 @@ class EventSessionLogger:
         """
         if self._closed:
             raise EventSessionLoggerError("the gateway is closed: it takes no more events")
-        started = time.perf_counter()
-        fields = self._intake.read(event)
-        encoded = self._intake.snapshot(fields, self._intake.session_of(fields), time.time())
+        begun = time.perf_counter()
+        encoded = self._intake.take(event)
         if captures:
             return encoded is not None
+        snapped = time.perf_counter()
         written = None if encoded is None else self._write_one(encoded)
-        spent = time.perf_counter() - started
-        self._calls, self._overhead = self._calls + 1, self._overhead + spent
-        self._overhead_max = max(self._overhead_max, spent)
+        now = time.perf_counter()
+        self._calls, self._overhead = self._calls + 1, self._overhead + now - begun
+        self._overhead_max = max(self._overhead_max, now - begun)
+        self._direct += now - snapped
         callback = self._callback
-        if callback is None or not await self._call_back(callback, event, written):
+        taken = callback is not None and await self._call_back(callback, event, written)
+        if not taken and (self._delivery.live or now > self._turn_at):
             await self._wait(written)
         return written is not None and self._settings.enable_local_logging
 
@@ -240,13 +242,11 @@ class EventSessionLogger:
         def forward(written: Written) -> None:
             found.append(self._delivery.send(written, undecided=self._callback is not None))
 
-        started = time.perf_counter()
         try:
             self._write(event.session_id, [event], forward)
         except Exception as error:
             self._report.local(error, "local logging")
             raise LocalLoggingError(f"local logging failed: {error}") from error
-        self._direct += time.perf_counter() - started
         return found[0]
 
     def _write(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from eventlog_handler import _stamp
+
 DownstreamCallback = Callable[[Any], Awaitable[None]]
 """Gets the live event (from the handler or processor: its fields as a dict)."""
 
@@ -21,6 +23,10 @@ LineFormatter = Callable[[EventFields], "str | bytes"]
 """Turns one line's object (`timestamp`, `id`, `seq`, `event`) into the text of a custom file."""
 
 
+EventHead = tuple["str | None", str, str, float]
+"""All of an `EncodedEvent` but its body. A plain tuple, as one of a class is dearer for callers."""
+
+
 class EncodedEvent(NamedTuple):
     """An event as it leaves its caller: a snapshot that nothing can change any more."""
 
@@ -29,10 +35,15 @@ class EncodedEvent(NamedTuple):
     type: str
     id: str
     """Unique for ever, and the same at every redelivery."""
-    timestamp: str
-    """ISO 8601, UTC, microseconds: when the call was made."""
+    seconds: float
+    """Unix time of the call."""
     body: bytes
     """The event's JSON object, UTF-8."""
+
+    @property
+    def timestamp(self) -> str:
+        """The time of the call in ISO 8601, in UTC, with microseconds."""
+        return _stamp.timestamp(self.seconds)
 
     def line(self, seq: int | None) -> bytes:
         """Return the line of the session file, without its line feed.
@@ -48,9 +59,10 @@ class EncodedEvent(NamedTuple):
         Args:
             seq: As for `line`.
         """
-        _, _, unique, timestamp, _ = self
+        _, _, unique, seconds, _ = self
         number = "" if seq is None else f'"seq":{seq},'
-        return f'{{"timestamp":"{timestamp}","id":"{unique}",{number}"event":'.encode()
+        time = _stamp.timestamp(seconds)
+        return f'{{"timestamp":"{time}","id":"{unique}",{number}"event":'.encode()
 
 
 class OutgoingEvent(NamedTuple):

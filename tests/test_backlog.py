@@ -26,6 +26,7 @@ from eventlog_handler._lines import measure
 from eventlog_handler._outbox import Outbox, Owed
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._report import Report
+from eventlog_handler._stamp import timestamp
 from eventlog_handler.typing import EncodedEvent, OutgoingEvent, Written
 
 Batch = list[tuple[Cursor, OutgoingEvent]]
@@ -121,13 +122,13 @@ class Calls:
 
 def stamp(number: int) -> str:
     """Return a timestamp that grows with the event's number."""
-    return f"2026-01-01T00:00:00.{number:06d}+00:00"
+    return timestamp(number)
 
 
 def event(number: int, session: str = "s", padding: int = 0) -> EncodedEvent:
     """Return an event that is told by its number."""
     body = orjson.dumps({"type": "note", "n": number, "pad": "x" * padding})
-    return EncodedEvent(session, "note", f"id-{number}", stamp(number), body)
+    return EncodedEvent(session, "note", f"id-{number}", number, body)
 
 
 def number_of(sent: OutgoingEvent) -> int:

@@ -390,12 +390,12 @@ def test_a_logger_that_is_silenced_while_somebody_asks_stays_silenced(
 ) -> None:
     """An answer that was right a moment ago is not remembered: a driver's records would come in."""
 
-    class Interrupted(dict[str, bool]):
+    class Interrupted(_context.Silenced):
         def __setitem__(self, name: str, found: bool) -> None:
             _context.silence(["driver"])
             super().__setitem__(name, found)
 
     monkeypatch.setattr(_context, "_driver_loggers", ())
-    monkeypatch.setattr(_context, "_known", Interrupted())
-    assert not _context.is_silenced("driver.pool")
-    assert _context.is_silenced("driver.pool")
+    monkeypatch.setattr(_context, "silenced", Interrupted())
+    assert not _context.silenced["driver.pool"]
+    assert _context.silenced["driver.pool"]

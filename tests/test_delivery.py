@@ -22,9 +22,9 @@ from eventlog_handler._config import Settings, resolve
 from eventlog_handler._context import delivering
 from eventlog_handler._delivery import Delivery, FileRegister
 from eventlog_handler._downstream import Callback
-from eventlog_handler._encode import new_id
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._report import Report
+from eventlog_handler._stamp import new_id
 from eventlog_handler.testing import FailingTransport, GatedTransport, RecordingTransport
 from eventlog_handler.typing import EncodedEvent
 from tests.conftest import events_of
@@ -110,7 +110,7 @@ def close(delivery: Delivery, within_seconds: float = 30) -> None:
 def event(number: int, session: str = "s") -> EncodedEvent:
     """Return an event that is told by its number."""
     body = orjson.dumps({"type": "note", "n": number, "session_id": session})
-    return EncodedEvent(session, "note", new_id(), f"2026-01-01T00:00:{number:02}+00:00", body)
+    return EncodedEvent(session, "note", new_id(), number, body)
 
 
 def numbers(transport: RecordingTransport) -> list[int]:

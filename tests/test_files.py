@@ -25,6 +25,7 @@ from eventlog_handler.typing import EncodedEvent, LineFormatter, OutgoingEvent, 
 from tests.conftest import lines_of
 
 SUFFIXES = {"jsonl": ".jsonl", "json": ".json", "custom": ".log"}
+SECONDS = 1767225600.0
 NOW = "2026-01-01T00:00:00.000000+00:00"
 
 
@@ -64,7 +65,7 @@ def make_files(base: Path) -> Iterator[Callable[..., SessionFiles]]:
 def event(number: int, padding: int = 0, session_id: str | None = "s") -> EncodedEvent:
     """Return an event that is told by its number."""
     body = orjson.dumps({"n": number} | ({"pad": "x" * padding} if padding else {}))
-    return EncodedEvent(session_id, "note", f"id-{number}", NOW, body)
+    return EncodedEvent(session_id, "note", f"id-{number}", SECONDS, body)
 
 
 class Outgoing(list[OutgoingEvent]):
@@ -235,7 +236,7 @@ def test_a_logging_formatter_formats_lines(make_files: Callable[..., SessionFile
     """A `logging.Formatter` gets a record of the event."""
     files = make_files("custom", logging.Formatter("%(levelname)s:%(message)s"))
     body = orjson.dumps({"level": "warning", "message": "hot"})
-    files.append("s", [EncodedEvent("s", "log", "id", NOW, body)], ignore)
+    files.append("s", [EncodedEvent("s", "log", "id", SECONDS, body)], ignore)
     assert files.path("s").read_bytes() == b"WARNING:hot\n"
 
 

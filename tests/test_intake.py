@@ -23,9 +23,10 @@ from eventlog_handler import (
 from eventlog_handler._config import resolve
 from eventlog_handler._intake import Intake
 from eventlog_handler._report import Report
-from eventlog_handler._snapshot import record_fields
+from eventlog_handler._snapshot import record_fields, usual_event
 from eventlog_handler.redact import drop_system_prompt
 from eventlog_handler.testing import capture_events
+from eventlog_handler.typing import EncodedEvent, EventHead
 from tests.conftest import events_of
 
 Told = list[tuple[Exception, str]]
@@ -37,10 +38,16 @@ def intake(told: Told | None = None, **options: Any) -> Intake:
     return Intake(resolve(options), Report(collect))
 
 
+def encoded(found: tuple[EventHead, bytes] | None) -> EncodedEvent:
+    """Return what an intake has found as an event."""
+    assert found is not None
+    return EncodedEvent._make((*found[0], found[1]))
+
+
 def body(taken: Intake, fields: dict[str, Any], session_id: str | None = None) -> Any:
     """Return the event's JSON object as it would stand in the file."""
-    encoded = taken.snapshot(fields, session_id, 0.0)
-    return None if encoded is None else orjson.loads(encoded.body)
+    found = taken.snapshot(fields, session_id, 0.0)
+    return None if found is None else orjson.loads(found[1])
 
 
 class Broken:
@@ -108,20 +115,18 @@ def test_session_field_can_be_named() -> None:
 
 def test_snapshot_is_the_encoded_event() -> None:
     """Session, type, id, time and JSON object are fixed when the call is made."""
-    encoded = intake().snapshot({"type": "a", "n": 1}, "s", 1.5)
-    assert encoded is not None
-    assert encoded[:2] == ("s", "a")
-    assert re.fullmatch(r"[0-9a-f]{20}-[0-9a-f]+", encoded.id)
-    assert encoded.timestamp == "1970-01-01T00:00:01.500000+00:00"
-    assert encoded.body == b'{"type":"a","n":1,"session_id":"s"}'
+    found = encoded(intake().snapshot({"type": "a", "n": 1}, "s", 1.5))
+    assert found[:2] == ("s", "a")
+    assert re.fullmatch(r"[0-9a-f]{20}-[0-9a-f]+", found.id)
+    assert found.timestamp == "1970-01-01T00:00:01.500000+00:00"
+    assert found.body == b'{"type":"a","n":1,"session_id":"s"}'
 
 
 @pytest.mark.parametrize(("fields", "kind"), [({}, "event"), ({"type": 7}, "7")])
 def test_type_is_text(fields: dict[str, Any], kind: str) -> None:
     """An event without a type is routed as `event`, and any type as its text."""
-    encoded = intake().snapshot(fields, None, 0.0)
-    assert encoded is not None
-    assert encoded.type == kind
+    found = encoded(intake().snapshot(fields, None, 0.0))
+    assert found.type == kind
 
 
 def record(**extra: Any) -> logging.LogRecord:
@@ -147,34 +152,26 @@ def test_the_short_way_of_a_record_leads_where_the_long_one_does(
     taken, given = intake(**options), record(**extra)
     session_id = getattr(given, taken.session_field, None)
     long = taken.snapshot(record_fields(given), session_id, given.created)
-    short = taken.of_record(given)
-    assert short is not None
-    assert long is not None
-    assert short._replace(id="") == long._replace(id="")
+    short = usual_event(given, taken.session_field)
+    assert encoded(short)._replace(id="") == encoded(long)._replace(id="")
 
 
 def test_the_short_way_knows_the_bound_session() -> None:
     """A record without a session is the bound one's, also on the short way."""
     with session_context("bound"):
-        found = intake().of_record(record())
-    assert found is not None
+        found = encoded(usual_event(record(), "session_id"))
     assert (found.session_id, orjson.loads(found.body)["session_id"]) == ("bound", "bound")
 
 
-@pytest.mark.parametrize("extra", [{}, {"session_id": 7}, {"session_id": "s", "event_type": 7}])
-def test_other_records_go_the_long_way(extra: dict[str, Any]) -> None:
-    """What has no session of its own, or what is to be text and is none, is not decided shortly."""
-    assert intake().of_record(record(**extra)) is None
+def test_the_short_way_knows_no_session() -> None:
+    """What to do with a record that has none is the long way's to decide."""
+    assert usual_event(record(), "session_id") is None
 
 
-def test_records_go_the_long_way_where_more_is_to_be_done() -> None:
-    """Processors, captures and bound fields are the long way's."""
-    given = record(session_id="s")
-    assert intake(processors=[redact_keys("key")]).of_record(given) is None
+def test_the_short_way_adds_no_fields() -> None:
+    """Bound fields are the long way's."""
     with session_context("s", agent="a"):
-        assert intake().of_record(given) is None
-    with capture_events():
-        assert intake().of_record(given) is None
+        assert usual_event(record(session_id="s"), "session_id") is None
 
 
 def test_unknown_session_is_not_added() -> None:
@@ -184,9 +181,8 @@ def test_unknown_session_is_not_added() -> None:
 
 def test_session_is_not_added_where_a_formatter_has_decided() -> None:
     """`complete=False` leaves the fields as a formatter has made them."""
-    encoded = intake().snapshot({"type": "a"}, "s", 0.0, complete=False)
-    assert encoded is not None
-    assert (encoded.session_id, encoded.body) == ("s", b'{"type":"a"}')
+    found = encoded(intake().snapshot({"type": "a"}, "s", 0.0, complete=False))
+    assert (found.session_id, found.body) == ("s", b'{"type":"a"}')
 
 
 def test_session_of_the_event_is_not_replaced() -> None:
@@ -238,9 +234,8 @@ def test_processor_may_decide_the_type() -> None:
     def rename(fields: dict[str, Any]) -> Mapping[str, Any]:
         return {**fields, "type": "renamed"}
 
-    encoded = intake(processors=[rename]).snapshot({"type": "a"}, None, 0.0)
-    assert encoded is not None
-    assert encoded.type == "renamed"
+    found = encoded(intake(processors=[rename]).snapshot({"type": "a"}, None, 0.0))
+    assert found.type == "renamed"
 
 
 def test_processor_may_drop_an_event() -> None:

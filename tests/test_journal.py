@@ -11,14 +11,17 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eventlog_handler import EventLogHandler, EventSessionLogger, _encode, _journal
+from eventlog_handler import EventLogHandler, EventSessionLogger, _journal, _stamp
+from eventlog_handler._encode import encode
 from eventlog_handler._files import Layout, SessionFiles
+from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._journal import WARM_BYTES, JournalHandoff, MappedRing, journal_directory
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._ring import pack, read_ring
@@ -51,7 +54,17 @@ def make_handoff(own: Path) -> Iterator[MakeHandoff]:
 
 def event(body: bytes = b"{}", session_id: str = "s1") -> EncodedEvent:
     """Return an event of this process."""
-    return EncodedEvent(session_id, "log", _encode.new_id(), "2026", body)
+    return EncodedEvent(session_id, "log", _stamp.new_id(), 1.5, body)
+
+
+def packed(event: EncodedEvent) -> bytes:
+    """Return an event as a ring's payload."""
+    return pack(event[:4], event.body)
+
+
+def hand_off(handoff: MemoryHandoff, event: EncodedEvent, sync: bool = False) -> bool:
+    """Hand an event off."""
+    return handoff.put(event[:4], event.body, sync)
 
 
 def record(message: object, **extra: Any) -> logging.LogRecord:
@@ -102,7 +115,7 @@ def test_a_ring_is_locked_preallocated_and_private(own: Path) -> None:
 def test_an_accepted_event_is_in_the_file(make_handoff: MakeHandoff, own: Path) -> None:
     """When `put` returns, another reader of the file finds the event."""
     handoff, given = make_handoff(), event()
-    assert handoff.put(given)
+    assert hand_off(handoff, given)
     assert on_disk(own) == [given]
 
 
@@ -111,7 +124,7 @@ def test_what_is_put_is_taken_in_order(make_handoff: MakeHandoff) -> None:
     handoff = make_handoff()
     events = [event() for _ in range(3)]
     for each in events:
-        handoff.put(each)
+        hand_off(handoff, each)
     assert handoff.take(2, 0.0) == (events[:2], None)
     assert handoff.take(2, 0.0) == (events[2:], None)
 
@@ -121,7 +134,7 @@ def test_what_is_taken_stays_until_it_is_written(make_handoff: MakeHandoff, own:
     handoff = make_handoff()
     events = [event(), event()]
     for each in events:
-        handoff.put(each)
+        hand_off(handoff, each)
     handoff.take(10, 0.0)
     assert on_disk(own) == events
     handoff.written(events[:1])
@@ -131,7 +144,7 @@ def test_what_is_taken_stays_until_it_is_written(make_handoff: MakeHandoff, own:
 def test_an_event_of_no_ring_is_written_without_harm(make_handoff: MakeHandoff, own: Path) -> None:
     """The listener's own lines, which were never put, are passed over."""
     handoff, given = make_handoff(), event()
-    handoff.put(given)
+    hand_off(handoff, given)
     handoff.written([event()])
     assert not handoff.must_sync([event()])
     assert on_disk(own) == [given]
@@ -140,7 +153,7 @@ def test_an_event_of_no_ring_is_written_without_harm(make_handoff: MakeHandoff, 
 def test_close_removes_what_is_empty(make_handoff: MakeHandoff, own: Path) -> None:
     """With everything written no file stays."""
     handoff, given = make_handoff(), event()
-    handoff.put(given)
+    hand_off(handoff, given)
     handoff.written(handoff.take(10, 0.0)[0])
     assert handoff.close()
     assert list(own.iterdir()) == []
@@ -149,7 +162,7 @@ def test_close_removes_what_is_empty(make_handoff: MakeHandoff, own: Path) -> No
 def test_close_keeps_what_is_not_written(make_handoff: MakeHandoff, own: Path) -> None:
     """What is left stays in its file, which nobody owns any more; closing twice is no error."""
     handoff, given = make_handoff(), event()
-    handoff.put(given)
+    hand_off(handoff, given)
     assert handoff.close()
     assert handoff.close()
     assert on_disk(own) == [given]
@@ -161,7 +174,7 @@ def test_a_closed_journal_takes_nothing(make_handoff: MakeHandoff) -> None:
     """After close `put` says no."""
     handoff = make_handoff()
     handoff.close()
-    assert not handoff.put(event())
+    assert not hand_off(handoff, event())
 
 
 def test_abandon_leaves_the_files_to_their_owner(make_handoff: MakeHandoff, own: Path) -> None:
@@ -169,29 +182,29 @@ def test_abandon_leaves_the_files_to_their_owner(make_handoff: MakeHandoff, own:
     handoff = make_handoff()
     events = [event(), event(b"x" * 40000)]
     for each in events:
-        handoff.put(each)
+        hand_off(handoff, each)
     before = {path: path.read_bytes() for path in own.iterdir()}
     handoff.abandon()
     assert {path: path.read_bytes() for path in own.iterdir()} == before
-    assert not handoff.put(event())
+    assert not hand_off(handoff, event())
 
 
 def test_the_queue_is_bounded(make_handoff: MakeHandoff) -> None:
     """Beyond `capacity` events `put` says no."""
     handoff = make_handoff(capacity=2)
-    assert [handoff.put(event()) for _ in range(3)] == [True, True, False]
+    assert [hand_off(handoff, event()) for _ in range(3)] == [True, True, False]
 
 
 def test_a_full_ring_takes_more_once_it_is_written(make_handoff: MakeHandoff, own: Path) -> None:
     """With no room `put` says no; after `written` it says yes."""
     handoff = make_handoff(ring_bytes=4096)
     count = 0
-    while handoff.put(event(b"x" * 500)):
+    while hand_off(handoff, event(b"x" * 500)):
         count += 1
     assert count == 4096 // 576
     events, _ = handoff.take(100, 0.0)
     handoff.written(events[:1])
-    assert handoff.put(event(b"x" * 500))
+    assert hand_off(handoff, event(b"x" * 500))
     assert len(on_disk(own)) == count
 
 
@@ -200,7 +213,7 @@ def test_a_large_event_has_a_ring_of_its_own(make_handoff: MakeHandoff, own: Pat
     handoff = make_handoff(ring_bytes=4096)
     before = set(own.iterdir())
     given = event(b"x" * 100_000)
-    assert handoff.put(given)
+    assert hand_off(handoff, given)
     assert on_disk(own) == [given]
     handoff.written(handoff.take(1, 0.0)[0])
     assert set(own.iterdir()) == before
@@ -209,7 +222,7 @@ def test_a_large_event_has_a_ring_of_its_own(make_handoff: MakeHandoff, own: Pat
 def test_a_large_event_is_kept_by_close(make_handoff: MakeHandoff, own: Path) -> None:
     """The ring of a large event that is not written stays too."""
     handoff, given = make_handoff(), event(b"x" * 40000)
-    handoff.put(given)
+    hand_off(handoff, given)
     handoff.close()
     assert on_disk(own) == [given]
 
@@ -222,7 +235,7 @@ def test_without_room_for_a_large_event_none_of_its_file_stays(
     before = set(own.iterdir())
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(OSError, match="No space"):
-        handoff.put(event(b"x" * 40000))
+        hand_off(handoff, event(b"x" * 40000))
     assert set(own.iterdir()) == before
 
 
@@ -277,14 +290,14 @@ def test_a_call_inside_another_is_safe(make_handoff: MakeHandoff, own: Path, sto
     seen: list[tuple[bool, list[EncodedEvent]]] = []
 
     def interrupt(number: int, frame: object) -> None:
-        seen.append((handoff.put(inner), on_disk(own)))
+        seen.append((hand_off(handoff, inner), on_disk(own)))
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         ring = handoff._rings[0].ring
         call = functools.partial(signal.raise_signal, signal.SIGUSR1)
         setattr(ring, store, Interrupting(getattr(ring, store), call))
-        assert handoff.put(outer)
+        assert hand_off(handoff, outer)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen[0][0]
@@ -301,14 +314,14 @@ def test_a_third_call_inside_the_second_has_a_file(make_handoff: MakeHandoff, ow
     handoff, answers = make_handoff(), []
 
     def innermost() -> None:
-        answers.append(handoff.put(event()))
+        answers.append(hand_off(handoff, event()))
 
     def inner() -> None:
-        answers.append(handoff.put(event()))
+        answers.append(hand_off(handoff, event()))
 
     for mapped, call in zip(handoff._rings, (inner, innermost), strict=True):
         mapped.ring.buffer = Interrupting(mapped.ring.buffer, call)  # type: ignore[assignment]
-    assert handoff.put(event())
+    assert hand_off(handoff, event())
     assert answers == [True, True]
     assert len(on_disk(own)) == 3
 
@@ -327,10 +340,10 @@ def test_a_call_that_is_broken_off_leaves_room(
     buffer = getattr(ring, store)
     setattr(ring, store, Interrupting(buffer, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        handoff.put(event())
+        hand_off(handoff, event())
     setattr(ring, store, buffer)
     after = event()
-    assert handoff.put(after)
+    assert hand_off(handoff, after)
     assert on_disk(own) == [after]
     assert handoff.take(10, 0.0)[0] == [after]
 
@@ -340,9 +353,9 @@ def test_what_was_broken_off_before_its_queue_is_reclaimed(
 ) -> None:
     """An event that is in the ring and not in the queue is let go of when nothing else waits."""
     handoff = make_handoff()
-    handoff._rings[0].ring.append(pack(event()))
+    handoff._rings[0].ring.append(packed(event()))
     after = event()
-    handoff.put(after)
+    hand_off(handoff, after)
     assert len(on_disk(own)) == 2
     handoff.written(handoff.take(10, 0.0)[0])
     assert on_disk(own) == []
@@ -357,7 +370,7 @@ def test_an_empty_ring_goes_on_where_it_is_warm(make_handoff: MakeHandoff, own: 
     for _ in range(200):
         waiting = event(b"x" * 1000)
         places.append(ring.head % ring.capacity)
-        assert handoff.put(waiting)
+        assert hand_off(handoff, waiting)
         assert on_disk(own) == [waiting]
         handoff.written(handoff.take(10, 0.0)[0])
         assert on_disk(own) == []
@@ -368,10 +381,10 @@ def test_an_empty_ring_goes_on_where_it_is_warm(make_handoff: MakeHandoff, own: 
 def test_nothing_is_reclaimed_while_something_waits(make_handoff: MakeHandoff, own: Path) -> None:
     """Events that were put meanwhile are not taken for what a broken call left."""
     handoff = make_handoff()
-    handoff.put(event())
+    hand_off(handoff, event())
     events, _ = handoff.take(10, 0.0)
     waiting = event()
-    handoff.put(waiting)
+    hand_off(handoff, waiting)
     handoff._reclaim()
     handoff.written(events)
     handoff._reclaim()
@@ -384,8 +397,8 @@ def test_a_call_that_interrupts_the_reclaiming_has_a_file(
     """What is put while the rings are being cleared is in none of them, and stays."""
     handoff, inner = make_handoff(), event()
     ring = handoff._rings[0].ring
-    ring.append(pack(event()))
-    ring.buffer = Interrupting(ring.buffer, lambda: handoff.put(inner))  # type: ignore[assignment]
+    ring.append(packed(event()))
+    ring.buffer = Interrupting(ring.buffer, lambda: hand_off(handoff, inner))  # type: ignore[assignment]
     handoff._reclaim()
     assert on_disk(own) == [inner]
 
@@ -403,7 +416,7 @@ def test_a_call_lets_another_thread_out_before_it_waits_for_the_lock(
 
     handoff._depth = 1
     monkeypatch.setattr(_journal.time, "sleep", turn)
-    assert handoff.put(event())
+    assert hand_off(handoff, event())
     assert turns == [0, 0, 0]
 
 
@@ -426,14 +439,14 @@ def test_concurrent_calls_share_a_wait(own: Path) -> None:
     mapped, ring._map = ring._map, Slow()  # type: ignore[assignment]
     ends = []
     for _ in range(9):
-        region = ring.ring.append(pack(event()))
+        region = ring.ring.append(packed(event()))
         assert region is not None
         ends.append(region[1])
     head = ring.ring.head
     first = threading.Thread(target=ring.sync, args=(ends[0],))
     first.start()
     assert entered.wait(30)
-    late = ring.ring.append(pack(event()))
+    late = ring.ring.append(packed(event()))
     assert late is not None
     others = [threading.Thread(target=ring.sync, args=(end,)) for end in (*ends[1:], late[1])]
     for thread in others:
@@ -465,9 +478,9 @@ def test_only_synced_calls_wait_for_the_disk(
     """With `sync` the mapping is flushed before `put` returns, without it is not."""
     found = flushed(monkeypatch)
     handoff = make_handoff()
-    handoff.put(event())
+    hand_off(handoff, event())
     assert found == []
-    handoff.put(event(), sync=True)
+    hand_off(handoff, event(), sync=True)
     assert len(found) == 1
 
 
@@ -478,7 +491,7 @@ def test_on_the_disk_level_every_call_waits(
     found = flushed(monkeypatch)
     handoff = make_handoff(sync=True)
     for _ in range(3):
-        handoff.put(event())
+        hand_off(handoff, event())
     assert len(found) == 3
     assert (handoff.durability, make_handoff().durability) == ("disk", "process")
 
@@ -486,8 +499,8 @@ def test_on_the_disk_level_every_call_waits(
 def test_a_synced_event_asks_for_a_synced_file(make_handoff: MakeHandoff) -> None:
     """`must_sync` is true for events that were put with `sync`, and only for those."""
     handoff = make_handoff()
-    handoff.put(event())
-    handoff.put(event(), sync=True)
+    hand_off(handoff, event())
+    hand_off(handoff, event(), sync=True)
     events, _ = handoff.take(10, 0.0)
     assert not handoff.must_sync(events[:1])
     assert handoff.must_sync(events)
@@ -496,7 +509,7 @@ def test_a_synced_event_asks_for_a_synced_file(make_handoff: MakeHandoff) -> Non
 def test_a_large_synced_event_may_be_written_while_its_caller_waits(own: Path) -> None:
     """The listener may have closed a large event's ring before its caller gets to sync it."""
     ring = MappedRing(own, 65536)
-    region = ring.ring.append(pack(event()))
+    region = ring.ring.append(packed(event()))
     assert region is not None
     ring.close(keep=False)
     ring.sync(region[1])
@@ -515,7 +528,7 @@ def test_large_synced_events_are_accepted_beside_a_listener(make_handoff: MakeHa
     thread.start()
     try:
         for _ in range(300):
-            assert handoff.put(event(b"x" * 2000), sync=True)
+            assert hand_off(handoff, event(b"x" * 2000), sync=True)
     finally:
         ended.set()
         thread.join(30)
@@ -529,7 +542,7 @@ def test_close_while_a_caller_waits_for_the_disk_does_not_raise(own: Path) -> No
 
     def put() -> None:
         try:
-            handoff.put(event())
+            hand_off(handoff, event())
         except BaseException as error:
             raised.append(error)
 
@@ -566,7 +579,7 @@ def test_the_name_of_a_synced_ring_is_on_the_disk(
     found = synced_names(monkeypatch)
     base = tmp_path / "base"
     handoff = JournalHandoff(journal_directory(base, 0o700), 100, 65536, True)
-    handoff.put(event())
+    hand_off(handoff, event())
     assert {str(base / ".eventlog"), str(base), str(tmp_path)} <= set(found)
     handoff.close()
 
@@ -824,3 +837,20 @@ def test_a_handler_without_its_events_leaves_no_ring(make_handler: Make, base: P
     handler.handle(record("one"))
     handler.close()
     assert list((base / ".eventlog").iterdir()) == []
+
+
+@pytest.mark.parametrize("durability", ["memory", "process"])
+def test_an_event_that_waits_takes_little_more_memory_than_it_is_long(
+    make_handoff: MakeHandoff, durability: str
+) -> None:
+    """The buffer in which JSON was made, 4 kB or more, does not stay with it."""
+    handoff = MemoryHandoff(2000) if durability == "memory" else make_handoff(2000, 2**20)
+    hand_off(handoff, event(encode({"value": 1})))
+    tracemalloc.start()
+    try:
+        for _ in range(1000):
+            assert hand_off(handoff, event(encode({"value": 1})))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1000 * 1000

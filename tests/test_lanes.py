@@ -363,10 +363,7 @@ class Function:
 
 def written(*numbers: int) -> Written:
     """Return events of a session, as its file has them."""
-    events = [
-        EncodedEvent("s", "note", f"id-{n}", f"2026-01-0{n}", orjson.dumps({"n": n}))
-        for n in numbers
-    ]
+    events = [EncodedEvent("s", "note", f"id-{n}", n, orjson.dumps({"n": n})) for n in numbers]
     return Written(None, "s/log.jsonl", "s", 0, 1, events, list(numbers))
 
 
@@ -553,7 +550,7 @@ def test_the_lag_of_a_callback_lane_is_that_of_its_first_event(
     """How long the oldest event waits for the callback is told; nothing where none does."""
     lane = make_lane(Function())
     assert (lane.stats().lag_events, lane.stats().lag_seconds) == (0, 0.0)
-    events = [EncodedEvent("s", "note", "id", "2000-01-01T00:00:00+00:00", b"{}")]
+    events = [EncodedEvent("s", "note", "id", 946684800.0, b"{}")]
     lane.put(Called(Written(None, "", "s", 0, None, events, [1]), 0))
     assert lane.stats().lag_seconds > 3600
 

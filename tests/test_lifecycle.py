@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from eventlog_handler import _encode, _lifecycle
+from eventlog_handler import _lifecycle, _stamp
 
 
 class Owner:
@@ -155,12 +155,12 @@ def test_owners_are_reset_with_the_name_of_the_child(told: list[str]) -> None:
 
     class Named(Owner):
         def after_fork_in_child(self) -> None:
-            told.append("new" if _encode.process_id() != parent else "old")
+            told.append("new" if _stamp.process_id() != parent else "old")
 
-    owner, parent = Named("one", told), _encode.process_id()
+    owner, parent = Named("one", told), _stamp.process_id()
     _lifecycle.register(owner, rank=4)
     assert child_says(["new"], told)
-    assert _encode.process_id() == parent
+    assert _stamp.process_id() == parent
 
 
 def test_a_fork_does_not_mind_what_begins_on_other_threads(told: list[str]) -> None:

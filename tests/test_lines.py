@@ -20,6 +20,7 @@ from eventlog_handler._paths import SessionPaths
 from eventlog_handler._rejected import park, set_aside
 from eventlog_handler.typing import EncodedEvent, OutgoingEvent
 
+SECONDS = 1767225600.0
 NOW = "2026-01-01T00:00:00.000000+00:00"
 LINES = st.lists(st.binary(max_size=40).filter(lambda line: b"\n" not in line), max_size=12)
 TAILS = st.binary(max_size=30).filter(lambda tail: b"\n" not in tail)
@@ -42,7 +43,7 @@ def put(base: Path, path: str, *lines: bytes, tail: bytes = b"") -> int:
 def line_of(seq: int, session: str = "s", padding: int = 0, process: str = "a" * 20) -> bytes:
     """Return a line as session files have it."""
     body = encode({"type": "note", "session_id": session, "pad": "x" * padding})
-    return EncodedEvent(session, "note", f"{process}-{seq:x}", NOW, body).line(seq)
+    return EncodedEvent(session, "note", f"{process}-{seq:x}", SECONDS, body).line(seq)
 
 
 def read_all(base: Path, path: str, begin: int, end: int) -> list[list[bytes]]:
@@ -167,14 +168,16 @@ def test_reading_on_brings_every_line_once(
 @settings(deadline=None)
 def test_an_event_is_read_as_it_was_written(body: dict[str, Any], kind: str, seq: int) -> None:
     """What a transport gets out of a file is exactly what it would have got live."""
-    event = EncodedEvent("s/1", kind, f"{'a' * 20}-{seq:x}", NOW, encode({**body, "type": kind}))
+    event = EncodedEvent(
+        "s/1", kind, f"{'a' * 20}-{seq:x}", SECONDS, encode({**body, "type": kind})
+    )
     line = event.line(seq)
     assert parse_line(line, "s/1") == OutgoingEvent(line, event.id, "s/1", kind, NOW)
 
 
 def test_an_event_without_a_type_is_an_event() -> None:
     """The type is the one that it would have got live."""
-    line = EncodedEvent("s", "event", "id-1", NOW, b"{}").line(1)
+    line = EncodedEvent("s", "event", "id-1", SECONDS, b"{}").line(1)
     assert parse_line(line, "s").type == "event"
 
 
@@ -389,7 +392,7 @@ def test_the_unknown_session_has_its_directorys_name(base: Path) -> None:
     """Events without a session are found under the name that transports know."""
     paths = paths_of(base)
     path = "/".join((*paths.directory(None), "log.jsonl"))
-    put(base, path, EncodedEvent(None, "note", f"{'a' * 20}-1", NOW, b"{}").line(1))
+    put(base, path, EncodedEvent(None, "note", f"{'a' * 20}-1", SECONDS, b"{}").line(1))
     assert list(find_files(base, paths)) == [(path, "unknown_u1", "a" * 20)]
 
 

@@ -25,6 +25,7 @@ from eventlog_handler import (
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._listener import RELEASE
 from eventlog_handler.testing import RecordingTransport, capture_events
+from eventlog_handler.typing import EncodedEvent
 from tests.conftest import events_of, lines_of
 
 Make = Callable[..., EventLogHandler]
@@ -425,7 +426,7 @@ def test_a_reset_listener_starts_over(make_handler: Make, base: Path) -> None:
     handler = make_handler()
     handler.flush()
     listener = handler._feed._listener
-    waiting = handler.gateway._intake.snapshot({"message": "the parent's"}, "s1", 0.0)
+    waiting = handler.gateway._intake.take({"message": "the parent's", "session_id": "s1"})
     assert waiting is not None
     thread = listener._thread
     assert thread is not None
@@ -433,7 +434,7 @@ def test_a_reset_listener_starts_over(make_handler: Make, base: Path) -> None:
     listener._handoff.put_marker(lambda: None)
     thread.join(30)
     listener._ending = False
-    listener._handoff.put(waiting)
+    hand_off(listener._handoff, waiting)
     listener.after_fork_in_child()
     handler.handle(record("the child's"))
     handler.flush()
@@ -490,9 +491,9 @@ def test_what_arrives_as_the_thread_ends_restarts_it(make_handler: Make, base: P
 
     def put_and_finish() -> bool:
         listener._finished = finished  # type: ignore[method-assign]
-        event = handler.gateway._intake.snapshot({"message": "last"}, "s1", 0.0)
+        event = handler.gateway._intake.take({"message": "last", "session_id": "s1"})
         assert event is not None
-        listener._handoff.put(event)
+        hand_off(listener._handoff, event)
         return True
 
     listener._finished = put_and_finish  # type: ignore[method-assign]
@@ -525,9 +526,9 @@ def test_a_batch_ends_at_a_marker() -> None:
     """`take` returns what was put before a marker, and the marker."""
     handoff = MemoryHandoff(10)
     gateway_event = _event()
-    handoff.put(gateway_event)
+    hand_off(handoff, gateway_event)
     handoff.put_marker(gc.collect)
-    handoff.put(gateway_event)
+    hand_off(handoff, gateway_event)
     assert handoff.take(10, 0.0) == ([gateway_event], gc.collect)
     assert handoff.take(10, 0.0) == ([gateway_event], None)
     assert handoff.take(10, 0.0) == ([], None)
@@ -536,7 +537,7 @@ def test_a_batch_ends_at_a_marker() -> None:
 def test_a_full_queue_refuses() -> None:
     """The plain queue takes no more than its capacity."""
     handoff = MemoryHandoff(1)
-    assert [handoff.put(_event()), handoff.put(_event())] == [True, False]
+    assert [hand_off(handoff, _event()), hand_off(handoff, _event())] == [True, False]
 
 
 def test_what_is_put_as_the_hand_off_retires_is_kept(make_handler: Make) -> None:
@@ -544,7 +545,7 @@ def test_what_is_put_as_the_hand_off_retires_is_kept(make_handler: Make) -> None
     handler = make_handler()
     handler.close()
     listener = handler._feed._listener
-    listener._handoff.put(_event())
+    hand_off(listener._handoff, _event())
     listener._retire()
     assert listener._handoff.depth == 1
 
@@ -553,15 +554,18 @@ def test_a_batch_has_a_limit() -> None:
     """`take` returns no more than it was asked for."""
     handoff = MemoryHandoff(10)
     for _ in range(3):
-        handoff.put(_event())
+        hand_off(handoff, _event())
     assert len(handoff.take(2, 1.0)[0]) == 2
     assert handoff.depth == 1
 
 
-def _event() -> Any:
-    from eventlog_handler.typing import EncodedEvent
+def hand_off(handoff: MemoryHandoff, event: EncodedEvent, sync: bool = False) -> bool:
+    """Hand an event off."""
+    return handoff.put(event[:4], event.body, sync)
 
-    return EncodedEvent("s1", "log", "id", "t", b"{}")
+
+def _event() -> EncodedEvent:
+    return EncodedEvent("s1", "log", "id", 1.5, b"{}")
 
 
 def test_the_pause_between_retries_is_short() -> None:

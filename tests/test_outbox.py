@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventlog_handler import EventSessionLogger, NullTransport, _lifecycle, _outbox
-from eventlog_handler._encode import process_id
 from eventlog_handler._files import SessionFiles
 from eventlog_handler._outbox import DATABASE, MADE, Outbox, Owed
 from eventlog_handler._owner import exclusive, owners
 from eventlog_handler._report import Report
+from eventlog_handler._stamp import process_id
 from tests.test_owner import HUNG_SECONDS, Child, fork
 
 __all__ = ["fork"]

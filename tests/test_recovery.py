@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventlog_handler import _encode, _recovery
+from eventlog_handler import _recovery, _stamp
 from eventlog_handler._files import Layout, SessionFiles
+from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._recovery import TAIL_RATIO, recover, repair_tails, written_ids
@@ -26,17 +27,17 @@ from eventlog_handler._ring import pack, space
 from eventlog_handler.typing import EncodedEvent
 
 TAIL = 1_000_000
-NOW = "2026-11-22T06:31:56.123456+00:00"
+NOW = 1763793116.123456
 
 
 @pytest.fixture
 def dead_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """Let this process be another one from the call on; the call returns what it was before."""
-    monkeypatch.setattr(_encode, "_prefix", _encode._prefix)
+    monkeypatch.setattr(_stamp, "_prefix", _stamp._prefix)
 
     def die() -> str:
-        before = _encode.process_id()
-        _encode.renew_process_id()
+        before = _stamp.process_id()
+        _stamp.renew_process_id()
         return before
 
     return die
@@ -62,14 +63,24 @@ def write_to(base: Path) -> Iterator[Callable[..., SessionFiles]]:
 
 def event(session_id: str | None = "s1", body: bytes = b"{}") -> EncodedEvent:
     """Return an event of this process."""
-    return EncodedEvent(session_id, "log", _encode.new_id(), NOW, body)
+    return EncodedEvent(session_id, "log", _stamp.new_id(), NOW, body)
+
+
+def packed(event: EncodedEvent) -> bytes:
+    """Return an event as a ring's payload."""
+    return pack(event[:4], event.body)
+
+
+def hand_off(handoff: MemoryHandoff, event: EncodedEvent, sync: bool = False) -> bool:
+    """Hand an event off."""
+    return handoff.put(event[:4], event.body, sync)
 
 
 def put(base: Path, events: list[EncodedEvent], unknown: str = "") -> None:
     """Hand events off, and die."""
     handoff = JournalHandoff(journal_directory(base, 0o700), 1000, 65536, False, unknown)
     for each in events:
-        assert handoff.put(each)
+        assert hand_off(handoff, each)
     handoff.abandon()
 
 
@@ -142,7 +153,7 @@ def test_all_that_a_ring_can_hold_is_looked_for(
 
     monkeypatch.setattr(_recovery, "written_ids", noted)
     handoff = JournalHandoff(journal_directory(base, 0o700), 1000, 2**27, False)
-    handoff.put(event())
+    hand_off(handoff, event())
     handoff.abandon()
     dead_process()
     assert recovered(base, write_to()) == 1
@@ -154,8 +165,8 @@ def test_no_line_is_longer_than_what_is_searched_for_it(
     session_id: str | None, kind: str, body: bytes, seq: int
 ) -> None:
     """A line and its separator take less than `TAIL_RATIO` times the event's record."""
-    each = EncodedEvent(session_id, kind, _encode.new_id(), NOW, body)
-    assert len(each.line(seq)) + 2 < TAIL_RATIO * space(pack(each))
+    each = EncodedEvent(session_id, kind, _stamp.new_id(), NOW, body)
+    assert len(each.line(seq)) + 2 < TAIL_RATIO * space(packed(each))
 
 
 def test_nothing_is_written_twice_without_a_session(
@@ -173,7 +184,7 @@ def test_nothing_is_written_twice_without_a_session(
 def test_a_living_process_is_left_alone(base: Path, dead_process: Die, write_to: Files) -> None:
     """Rings that are locked are neither read nor removed."""
     handoff = JournalHandoff(journal_directory(base, 0o700), 1000, 65536, False)
-    handoff.put(event())
+    hand_off(handoff, event())
     dead_process()
     before = rings(base)
     assert recovered(base, write_to()) == 0
@@ -354,15 +365,15 @@ def test_a_link_in_the_place_of_a_ring_is_not_followed(base: Path, tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from eventlog_handler import _encode
+from eventlog_handler import _stamp
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler.typing import EncodedEvent
 
 base = Path(sys.argv[1])
 handoff = JournalHandoff(journal_directory(base, 0o700), 1000, 65536, False)
 for number in range(5):
-    event = EncodedEvent("s1", "log", _encode.new_id(), "2026", b"{}")
-    assert handoff.put(event)
+    event = EncodedEvent("s1", "log", _stamp.new_id(), 1.5, b"{}")
+    assert handoff.put(event[:4], event.body)
     print(event.id, flush=True)
 (base / "s1").mkdir()
 (base / "s1" / "log.jsonl").write_bytes(event.line(1) + b"\\n" + event.line(2)[:-4])
@@ -391,7 +402,7 @@ def test_ids_of_whole_lines_are_found(base: Path, write_to: Files) -> None:
     events = [event(), event()]
     append(write_to(), events[:1])
     append(write_to(), [events[1], event()._replace(id="other-1")])
-    found = written_ids(base / "s1", _encode.process_id(), TAIL)
+    found = written_ids(base / "s1", _stamp.process_id(), TAIL)
     assert found == {each.id for each in events}
 
 
@@ -399,7 +410,7 @@ def test_ids_are_found_in_an_array(base: Path, write_to: Files) -> None:
     """The lines of a JSON array count like those of a `jsonl` file."""
     events = [event(), event()]
     append(write_to(".json"), events)
-    assert written_ids(base / "s1", _encode.process_id(), TAIL) == {each.id for each in events}
+    assert written_ids(base / "s1", _stamp.process_id(), TAIL) == {each.id for each in events}
 
 
 def test_an_id_inside_an_event_is_no_line(base: Path, write_to: Files) -> None:
@@ -407,7 +418,7 @@ def test_an_id_inside_an_event_is_no_line(base: Path, write_to: Files) -> None:
     quoted = event()
     body = orjson.dumps({"text": "\n" + quoted.line(1).decode()})
     append(write_to(), [event(body=body)])
-    assert quoted.id not in written_ids(base / "s1", _encode.process_id(), TAIL)
+    assert quoted.id not in written_ids(base / "s1", _stamp.process_id(), TAIL)
 
 
 def test_the_id_of_a_torn_line_does_not_count(base: Path, write_to: Files) -> None:
@@ -415,7 +426,7 @@ def test_the_id_of_a_torn_line_does_not_count(base: Path, write_to: Files) -> No
     files, torn = write_to(), event()
     append(files, [event(), torn])
     os.truncate(files.path("s1"), files.path("s1").stat().st_size - 1)
-    assert torn.id not in written_ids(base / "s1", _encode.process_id(), TAIL)
+    assert torn.id not in written_ids(base / "s1", _stamp.process_id(), TAIL)
 
 
 def test_only_the_end_of_a_long_file_is_searched(base: Path, write_to: Files) -> None:
@@ -423,7 +434,7 @@ def test_only_the_end_of_a_long_file_is_searched(base: Path, write_to: Files) ->
     events = [event() for _ in range(10)]
     append(write_to(), events)
     length = len(events[0].line(1)) + 1
-    found = written_ids(base / "s1", _encode.process_id(), 3 * length + 5)
+    found = written_ids(base / "s1", _stamp.process_id(), 3 * length + 5)
     assert found >= {each.id for each in events[7:]}
     assert found <= {each.id for each in events[6:]}
 
@@ -438,7 +449,7 @@ def test_links_and_directories_are_not_searched(base: Path, write_to: Files) -> 
     append(write_to(), [event("s2")])
     (base / "s1" / "folder").mkdir(parents=True)
     (base / "s1" / "link.jsonl").symlink_to(base / "s2" / "log.jsonl")
-    assert written_ids(base / "s1", _encode.process_id(), TAIL) == set()
+    assert written_ids(base / "s1", _stamp.process_id(), TAIL) == set()
 
 
 # Torn tails
@@ -483,7 +494,7 @@ def test_a_torn_tail_is_cut_off_and_kept(
 ) -> None:
     """What is not a whole line at the end of a dead process's file goes to a file of its own."""
     path = torn_file(base, name, content)
-    repair_tails(base, "p", 0.0, {path.parent: [EncodedEvent("s", "log", "p-1", "2026", b"{}")]})
+    repair_tails(base, "p", 0.0, {path.parent: [EncodedEvent("s", "log", "p-1", NOW, b"{}")]})
     assert path.read_bytes() == left
     if cut is not None:
         assert aside(base) == [cut]
@@ -498,7 +509,7 @@ def test_an_array_that_is_torn_in_its_first_id_is_known_by_its_event(
     """What is cut off before the id is the dead process's if it begins one of its events."""
     monkeypatch.setattr(_recovery.time, "sleep", None)
     path = torn_file(base, "log.json", b'[\n{"timestamp":"20')
-    repair_tails(base, "p", 0.0, {path.parent: [EncodedEvent("s", "log", "p-1", "2026", b"{}")]})
+    repair_tails(base, "p", 0.0, {path.parent: [EncodedEvent("s", "log", "p-1", NOW, b"{}")]})
     assert path.read_bytes() == b"[\n]\n"
 
 

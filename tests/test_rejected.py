@@ -18,6 +18,7 @@ from eventlog_handler._lines import parse_line
 from eventlog_handler._rejected import park, set_aside, unwrap
 from eventlog_handler.typing import EncodedEvent, OutgoingEvent
 
+SECONDS = 1767225600.0
 NOW = "2026-01-01T00:00:00.000000+00:00"
 NASTY = st.sampled_from(['"', '","line":', ',"line":', '\\","line":{}}', '{"rejected":', "\n", "}"])
 TEXTS = st.lists(st.text(max_size=8) | NASTY, max_size=4).map("".join)
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def event(number: int = 1, session: str = "s", **fields: Any) -> OutgoingEvent:
     """Return an event that is told by its number."""
     body = encode({"n": number, **fields})
-    encoded = EncodedEvent(session, "note", f"id-{number}", NOW, body)
+    encoded = EncodedEvent(session, "note", f"id-{number}", SECONDS, body)
     return OutgoingEvent(encoded.line(number), encoded.id, session, "note", NOW)
 
 

@@ -33,9 +33,9 @@ from eventlog_handler import (
     TransportTimeoutError,
     _batch,
     _downstream,
-    _encode,
     _outbox,
     _sender,
+    _stamp,
 )
 from eventlog_handler._config import Settings, resolve
 from eventlog_handler._delivery import Delivery, FileRegister
@@ -141,8 +141,8 @@ class Process:
         events = []
         for n in numbers:
             body = orjson.dumps({"type": "note", "session_id": session, "n": n, "x": "x" * size})
-            stamp = _encode.timestamp(next(moments))
-            events.append(EncodedEvent(session, "note", _encode.new_id(), stamp, body))
+            moment = next(moments)
+            events.append(EncodedEvent(session, "note", _stamp.new_id(), moment, body))
         if self.settings.enable_local_logging:
             assert self.files.append(session, events, then) == len(events)
         else:

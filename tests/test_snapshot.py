@@ -11,18 +11,20 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import attrs
+import orjson
 import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eventlog_handler._encode import encode
 from eventlog_handler._snapshot import (
     as_record,
     event_fields,
     json_object,
     record_fields,
     structlog_fields,
-    usual_fields,
+    usual_event,
 )
 from eventlog_handler.typing import EventFields
 
@@ -155,38 +157,50 @@ WORDS = st.tuples(st.text(max_size=9), st.just(())) | st.tuples(
 
 @given(WORDS, st.dictionaries(NAMES, VALUES, max_size=5))
 @settings(max_examples=2000)
-def test_usual_fields_are_those_of_the_record(
-    words: tuple[str, Any], extras: dict[str, Any]
-) -> None:
-    """The short way leads where the long one does, or nowhere."""
+def test_usual_event_is_that_of_the_record(words: tuple[str, Any], extras: dict[str, Any]) -> None:
+    """The short way leads where the long one does, to the byte, or nowhere."""
     message, args = words
     if isinstance(extras.get("exc_info"), (list, str, int)) and extras["exc_info"]:
         extras["exc_info"] = (ValueError, ValueError("odd"), None)
-    given_record = logging.makeLogRecord({"msg": message, "args": args, **extras})
+    given_record = logging.makeLogRecord(
+        {"msg": message, "args": args, **extras, "session_id": "s1"}
+    )
     try:
-        found = usual_fields(given_record)
+        found = usual_event(given_record, "session_id")
     except (TypeError, ValueError, KeyError):
         # Arguments that do not fit; `Feed.put_record` goes the long way then.
         return
-    assert found is None or found == record_fields(given_record)
     if found is not None:
-        assert list(found)[:5] == ["type", "session_id", "level", "logger", "message"]
+        fields = record_fields(given_record)
+        assert list(fields)[:5] == ["type", "session_id", "level", "logger", "message"]
+        (session_id, kind, _, seconds), body = found
+        assert (session_id, kind, seconds) == ("s1", fields["type"], given_record.created)
+        assert body == encode(fields)
 
 
 def test_most_records_are_usual() -> None:
     """A message with arguments, extras and a type of its own is read the short way."""
-    found = usual_fields(record("hello %s", "you", session_id="s1", event_type="step", n=1))
-    assert found == record_fields(
-        record("hello %s", "you", session_id="s1", event_type="step", n=1)
-    )
+    given_record = record("hello %s", "you", session_id="s1", event_type="step", n=1)
+    found = usual_event(given_record, "session_id")
     assert found is not None
+    assert found[1] == encode(record_fields(given_record))
+
+
+def test_a_value_that_json_has_no_word_for_is_usual() -> None:
+    """It is replaced as on the long way."""
+    given_record = record("hello", session_id="s1", tags={2})
+    found = usual_event(given_record, "session_id")
+    assert found is not None
+    assert orjson.loads(found[1])["tags"] == [2]
 
 
 def test_record_that_was_formatted_before_is_usual() -> None:
     """What another handler's formatter has set on a record costs it the short way no more."""
-    given_record = record(n=1)
+    given_record = record(n=1, session_id="s1")
     logging.Formatter("%(asctime)s %(message)s").format(given_record)
-    assert usual_fields(given_record) == record_fields(given_record)
+    found = usual_event(given_record, "session_id")
+    assert found is not None
+    assert found[1] == encode(record_fields(given_record))
 
 
 @pytest.mark.parametrize(
@@ -198,19 +212,26 @@ def test_record_that_was_formatted_before_is_usual() -> None:
         {"type": "step"},
         {"level": "high"},
         {"msg": {"type": "step"}},
+        {"created": float("nan")},
+        {"created": -1.0},
+        {"created": "today"},
+        {"session_id": 7},
+        {"session_id": None},
+        {"event_type": 7},
     ],
 )
 def test_other_records_are_not_usual(odd: dict[str, Any]) -> None:
     """Whatever asks for more than copying goes the long way."""
-    assert usual_fields(logging.makeLogRecord({"msg": "m", **odd})) is None
+    given_record = logging.makeLogRecord({"msg": "m", "session_id": "s1", **odd})
+    assert usual_event(given_record, "session_id") is None
 
 
 def test_record_whose_attributes_are_out_of_order_is_not_usual() -> None:
     """Where a standard attribute was taken away and put back, extras cannot be told by place."""
-    odd = record(n=1)
+    odd = record(n=1, session_id="s1")
     name = odd.__dict__.pop("name")
     odd.name = name
-    assert usual_fields(odd) is None
+    assert usual_event(odd, "session_id") is None
     assert record_fields(odd)["n"] == 1
 
 
@@ -222,7 +243,8 @@ def test_record_of_a_class_of_its_own_is_not_usual() -> None:
             return str(self.msg).format(*(self.args or ()))
 
     odd = Braces("n", 20, "p", 1, "hello {}", ("you",), None)
-    assert usual_fields(odd) is None
+    odd.session_id = "s1"
+    assert usual_event(odd, "session_id") is None
     assert record_fields(odd)["message"] == "hello you"
 
 

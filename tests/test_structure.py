@@ -67,7 +67,8 @@ RANKS = {
     "_report": 1,
     "_lifecycle": 1.2,
     "_waiter": 1,
-    "typing": 0,
+    "typing": 0.5,
+    "_stamp": 0,
     "events": 0,
     "exceptions": 0,
 }

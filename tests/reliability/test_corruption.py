@@ -11,14 +11,14 @@ import orjson
 import pytest
 
 from eventlog_handler import _ring
-from eventlog_handler._encode import process_id
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._recovery import recover
 from eventlog_handler._report import Report
 from eventlog_handler._ring import HEADER_BYTES, Ring, pack, read_ring, space
+from eventlog_handler._stamp import process_id
 from eventlog_handler.typing import EncodedEvent
 
-NOW = "2026-11-22T06:31:56.123456+00:00"
+NOW = 1763793116.123456
 NONCE = 0x0123_4567_89AB_CDEF
 COUNT = 20
 
@@ -28,16 +28,21 @@ def event(number: int, process: str = "p") -> EncodedEvent:
     return EncodedEvent("s", "log", f"{process}-{number:x}", NOW, b'{"n":%d}' % number)
 
 
+def packed(event: EncodedEvent) -> bytes:
+    """Return an event as a ring's payload."""
+    return pack(event[:4], event.body)
+
+
 def filled(laps: int) -> Ring:
     """Return a ring with 20 events and no room for another, after some laps of others."""
-    payload = pack(event(1000))
+    payload = packed(event(1000))
     ring = Ring(memoryview(bytearray(HEADER_BYTES + COUNT * space(payload))), NONCE)
     for number in range(laps * COUNT + 7 * bool(laps)):
-        region = ring.append(pack(event(2000 + number)))
+        region = ring.append(packed(event(2000 + number)))
         assert region is not None
         ring.done(*region)
     for number in range(COUNT):
-        assert ring.append(pack(event(1000 + number))) is not None
+        assert ring.append(packed(event(1000 + number))) is not None
     return ring
 
 
@@ -84,7 +89,7 @@ def test_a_flipped_bit_costs_one_event_at_most(laps: int) -> None:
     """Whichever bit of a ring flips, only its own record is lost, and then counted."""
     told = check_flips(laps)
     print(f"bits of a ring of {COUNT} records, {laps} laps: {dict(told)}")
-    assert told["cases"] == 8 * (HEADER_BYTES + COUNT * space(pack(event(1000))))
+    assert told["cases"] == 8 * (HEADER_BYTES + COUNT * space(packed(event(1000))))
     assert told["events lost"] > 0
 
 
@@ -109,7 +114,7 @@ def test_a_cut_ring_costs_what_was_cut_off() -> None:
     """Wherever a ring's file ends, the records in front of the cut are read; the rest is told."""
     told = check_ring_cuts()
     print(f"cuts of a ring of {COUNT} records: {dict(told)}")
-    assert told["cases"] == HEADER_BYTES + COUNT * space(pack(event(1000)))
+    assert told["cases"] == HEADER_BYTES + COUNT * space(packed(event(1000)))
 
 
 def write_session(path: Path, events: list[EncodedEvent]) -> None:
@@ -139,7 +144,7 @@ def check_file_cut(base: Path, whole: Path, length: int) -> int:
     torn.write_bytes(content[:length])
     ring = Ring(memoryview(bytearray(HEADER_BYTES + 4096)), NONCE)
     for number in range(4):
-        ring.append(pack(event(number, "dead")))
+        ring.append(packed(event(number, "dead")))
     own = journal_directory(base, 0o700)
     (own / "dead-1-0.ring").write_bytes(bytes(ring.buffer))
     added: list[str] = []
@@ -184,7 +189,7 @@ def test_a_damaged_ring_is_counted_and_kept_aside(tmp_path: Path) -> None:
     own = journal_directory(tmp_path, 0o700)
     torn = bytearray(filled(0).buffer)
     torn[HEADER_BYTES + 40] ^= 1
-    size = space(pack(event(1000)))
+    size = space(packed(event(1000)))
     (own / "dead-1-0.ring").write_bytes(torn)
     written: list[str] = []
     report = Report(None)
@@ -203,7 +208,7 @@ def test_a_damaged_ring_is_counted_and_kept_aside(tmp_path: Path) -> None:
 
 
 def _without_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ring, "_check", lambda position, payload: len(payload) << 32)
+    monkeypatch.setattr(_ring, "_checksum", lambda payload, start: 0)
 
 
 def test_without_a_checksum_the_flips_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,13 +265,13 @@ class Fused:
 
 def check_kills_between_stores() -> int:
     """Kill an append before each of its stores; return how many cases there were."""
-    payload = pack(event(1000))
+    payload = packed(event(1000))
     cases = 0
     for used in range(9):
         for stores in range(20):
             ring = Ring(memoryview(bytearray(HEADER_BYTES + 4 * space(payload) + 16)), NONCE)
             for number in range(used):
-                region = ring.append(pack(event(number)))
+                region = ring.append(packed(event(number)))
                 assert region is not None
                 ring.done(*region)
             fused = Fused(ring.buffer, stores)
@@ -274,7 +279,7 @@ def check_kills_between_stores() -> int:
             acknowledged = []
             try:
                 for number in (1000, 1001):
-                    ring.append(pack(event(number)))
+                    ring.append(packed(event(number)))
                     acknowledged.append(event(number))
             except Killed:
                 pass
@@ -299,14 +304,17 @@ def test_a_kill_between_two_stores_tears_nothing() -> None:
 class _HeaderFirst(Ring):
     """The broken variant: the header is committed before the payload."""
 
-    def _write(self, position: int, payload: bytes) -> None:
+    def append(self, payload: bytes) -> tuple[int, int] | None:
+        begin, size, buffer = self.head, space(payload), self.buffer
+        position = begin if begin + size <= self._free else self._make_room(size)
+        assert position is not None
         at = HEADER_BYTES + position % self.capacity
-        buffer = self.buffer
         buffer[at : at + 8] = (position ^ self._nonce).to_bytes(8, "little")
-        word = _ring._check(position, payload).to_bytes(8, "little")
-        buffer[at + 8 : at + 16] = word
-        buffer[2048:2056] = (position + space(payload)).to_bytes(8, "little")
+        check = _ring._checksum(payload, position + 1)
+        buffer[at + 8 : at + 16] = (len(payload) << 32 | check).to_bytes(8, "little")
+        self._head[0] = self.head = position + size
         buffer[at + 16 : at + 16 + len(payload)] = payload
+        return begin, self.head
 
 
 @pytest.mark.parametrize("checksum", [True, False])
@@ -324,7 +332,8 @@ def test_a_header_before_its_payload_is_noticed(
 def test_a_dead_ring_of_this_process_is_read_like_any_other(tmp_path: Path) -> None:
     """The rings of these tests are made as the journal makes them: its own file reads the same."""
     handoff = JournalHandoff(journal_directory(tmp_path, 0o700), 100, 4096, False)
-    assert handoff.put(event(1, process_id()))
+    each = event(1, process_id())
+    assert handoff.put(each[:4], each.body)
     handoff.abandon()
     found = [read_ring(path.read_bytes())[0] for path in (tmp_path / ".eventlog").glob("*.ring")]
     assert sorted(map(len, found)) == [0, 1]

@@ -46,10 +46,10 @@ from eventlog_handler import (
 )
 from eventlog_handler._config import resolve
 from eventlog_handler._delivery import Delivery, FileRegister
-from eventlog_handler._encode import timestamp
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._report import Report
 from eventlog_handler._sender import Sender
+from eventlog_handler._stamp import new_id
 from eventlog_handler.typing import EncodedEvent, OutgoingEvent
 from tests.reliability.harness import count, tell
 
@@ -275,9 +275,8 @@ class Machine(RuleBasedStateMachine):
         events = []
         for _ in range(count):
             self.clock += 0.001
-            stamp = timestamp(self.clock)
             body = orjson.dumps({"type": "note", "session_id": session, "x": "x" * size})
-            events.append(EncodedEvent(session, "note", _encode.new_id(), stamp, body))
+            events.append(EncodedEvent(session, "note", new_id(), self.clock, body))
         with self.killing(calls):
             while events:
                 # What is in the file when the process is killed counts; the rest is another's care.

@@ -1,0 +1,67 @@
+"""What each event is stamped with: an id that no other has, and the text of its time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import secrets
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+_prefix = secrets.token_hex(10)
+_numbers = itertools.count(1)
+
+
+def new_id() -> str:
+    """Return an id that no other event ever gets: 80 random bits of this process, and a number."""
+    # `next` of a count is one step under the interpreter's lock, so threads need no lock of ours.
+    return f"{_prefix}-{next(_numbers)}"
+
+
+def process_id() -> str:
+    """Return what the ids of this process's events begin with."""
+    return _prefix
+
+
+def renew_process_id() -> None:
+    """In a forked child: give its events ids of their own."""
+    global _prefix
+    _prefix = secrets.token_hex(10)
+
+
+LAST_SECOND = 253_402_300_799.0
+"""The last second that has a `timestamp`: of the year 9999."""
+
+
+def known_time(seconds: Any) -> float:
+    """Return Unix time `seconds`, or now where it is none: a record may be made by hand."""
+    try:
+        found = float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        return time.time()
+    return found if 0 <= found < LAST_SECOND else time.time()
+
+
+_second: tuple[int, str] = (0, "1970-01-01T00:00:00.")
+
+
+def timestamp(seconds: float) -> str:
+    """Return Unix time `seconds` as ISO 8601 in UTC with microseconds.
+
+    Raises:
+        ValueError, OverflowError: It is none that `known_time` returns.
+    """
+    global _second
+    # One tuple, replaced as a whole: no thread sees a mixture of two.
+    known, text = _second
+    rest = round((seconds - known) * 1_000_000)
+    if not 0 <= rest < 1_000_000:
+        # Counted from the second in both cases: a large product rounds otherwise.
+        known = math.floor(seconds)
+        more, rest = divmod(round((seconds - known) * 1_000_000), 1_000_000)
+        known += more
+        text = datetime.fromtimestamp(known, timezone.utc).isoformat()[:19] + "."
+        _second = (known, text)
+    # Leading zeros are rare, and asking for six digits costs as much as all the rest.
+    return f"{text}{rest}+00:00" if rest > 99_999 else f"{text}{rest:06}+00:00"
