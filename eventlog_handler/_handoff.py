@@ -72,9 +72,12 @@ class MemoryHandoff:
     def written(self, events: Iterable[EncodedEvent]) -> None:
         """Let go of events that are in their files: nothing is held."""
 
-    def close(self) -> bool:
-        """End; return False, as nothing that is left survives."""
+    def holds(self, event: EncodedEvent) -> bool:
+        """Return whether an event that was taken, and not let go of, survives this process: no."""
         return False
+
+    def close(self) -> None:
+        """End."""
 
     def abandon(self) -> None:
         """In a forked child: what waits is the parent's."""

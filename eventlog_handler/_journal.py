@@ -167,6 +167,9 @@ class JournalHandoff(MemoryHandoff):
             head: All of it but its body.
             body: Its JSON object.
             sync: Whether to return only after it is on the disk.
+
+        Raises:
+            OSError: It is handed off, and may be lost with this process, or with the power.
         """
         try:
             payload = orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
@@ -184,7 +187,12 @@ class JournalHandoff(MemoryHandoff):
                     return False
                 ring = self._rings[0]
                 if depth or len(payload) > self._largest:
-                    ring = self._other_ring(payload, depth)
+                    try:
+                        ring = self._other_ring(payload, depth)
+                    except OSError:
+                        # Lost with its process then, as with `memory`; not before.
+                        self._queue.put((head, payload, None, None, sync))
+                        raise
                 region = ring.ring.append(payload)
                 if region is None:
                     return False
@@ -222,7 +230,8 @@ class JournalHandoff(MemoryHandoff):
         for head, payload, ring, region, sync in entries:
             event = EncodedEvent._make((*head, body_of(payload)))
             events.append(event)
-            self._entries[event.id] = ring, region
+            if ring is not None:
+                self._entries[event.id] = ring, region
             if sync:
                 self._must_sync.add(event.id)
         return events, marker
@@ -238,7 +247,7 @@ class JournalHandoff(MemoryHandoff):
             entry = self._entries.pop(event.id, None)
             if entry is not None:
                 regions.setdefault(entry[0], []).append(entry[1])
-                self._must_sync.discard(event.id)
+            self._must_sync.discard(event.id)
         for ring, theirs in regions.items():
             ring.ring.all_done(theirs)
             if ring in self._large:
@@ -263,14 +272,17 @@ class JournalHandoff(MemoryHandoff):
             finally:
                 self._depth = 0
 
-    def close(self) -> bool:
-        """End; return True, as what is left stays in its file for the next process."""
+    def holds(self, event: EncodedEvent) -> bool:
+        """Return whether an event that was taken, and not let go of, survives this process."""
+        return event.id in self._entries
+
+    def close(self) -> None:
+        """End; what is left stays in its file for the next process."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 for ring in (*self._rings, *self._large):
                     ring.close(keep=ring.ring.tail != ring.ring.head)
-        return True
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's files without touching what is in them."""

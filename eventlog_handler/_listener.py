@@ -182,9 +182,10 @@ class Listener:
         """Close the hand-off; what comes later is written at once, by its caller."""
         retired, self._handoff = self._handoff, MemoryHandoff(self._capacity)
         events, _ = retired.take(self._capacity, 0.0)
-        if retired.close():
-            # What could not be written is safe there, until the next process recovers it.
-            self._kept.clear()
+        # What could not be written is safe there, if it is there, until the next process comes.
+        lost = {s: [e for e in theirs if not retired.holds(e)] for s, theirs in self._kept.items()}
+        self._kept = {session_id: theirs for session_id, theirs in lost.items() if theirs}
+        retired.close()
         self._unsynced.clear()
         for event in events:
             self._handoff.put(event[:4], event.body)

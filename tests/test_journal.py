@@ -155,7 +155,7 @@ def test_close_removes_what_is_empty(make_handoff: MakeHandoff, own: Path) -> No
     handoff, given = make_handoff(), event()
     hand_off(handoff, given)
     handoff.written(handoff.take(10, 0.0)[0])
-    assert handoff.close()
+    handoff.close()
     assert list(own.iterdir()) == []
 
 
@@ -163,8 +163,8 @@ def test_close_keeps_what_is_not_written(make_handoff: MakeHandoff, own: Path) -
     """What is left stays in its file, which nobody owns any more; closing twice is no error."""
     handoff, given = make_handoff(), event()
     hand_off(handoff, given)
-    assert handoff.close()
-    assert handoff.close()
+    handoff.close()
+    handoff.close()
     assert on_disk(own) == [given]
     with open(next(own.iterdir())) as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,6 +237,38 @@ def test_without_room_for_a_large_event_none_of_its_file_stays(
     with pytest.raises(OSError, match="No space"):
         hand_off(handoff, event(b"x" * 40000))
     assert set(own.iterdir()) == before
+
+
+@pytest.mark.parametrize("durability", ["process", "disk"])
+def test_without_room_for_a_large_event_it_is_written_all_the_same(
+    make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch, durability: str
+) -> None:
+    """What no ring can be made for is told, waits in memory, and reaches its file."""
+    heard: list[str] = []
+    handler = make_handler(
+        ring_bytes=4096,
+        durability=durability,
+        error_handler=lambda error, context: heard.append(context),
+    )
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    handler.handle(record("x" * 40000))
+    assert handler.flush()
+    assert heard == ["journal"]
+    assert [each["message"] for each in events_of(base)] == ["x" * 40000]
+    assert handler.stats().dropped == {}
+
+
+def test_a_large_event_without_a_ring_that_cannot_be_written_is_counted(
+    make_handler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a process whose disk is full it is lost, unlike what a ring holds."""
+    handler = make_handler(ring_bytes=4096, shutdown_timeout_seconds=0.2)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    handler.handle(record("x" * 40000))
+    handler.handle(record("small"))
+    handler.close()
+    assert handler.stats().dropped == {"unwritable": 1}
 
 
 def test_without_room_for_the_second_ring_the_first_goes_too(
@@ -359,7 +391,7 @@ def test_what_was_broken_off_before_its_queue_is_reclaimed(
     assert len(on_disk(own)) == 2
     handoff.written(handoff.take(10, 0.0)[0])
     assert on_disk(own) == []
-    assert handoff.close()
+    handoff.close()
     assert list(own.iterdir()) == []
 
 
