@@ -261,6 +261,9 @@ class Machine(RuleBasedStateMachine):
         self.orphans |= {path for path, owner in self.owners.items() if owner not in own}
         # Nor does any tell of a page that was lost in the middle of what was not synced.
         self.orphans |= {path for path in self.session_files() if has_hole(path)}
+        # Nor, where a file's lines are all ones that its process had recovered, whose it is, unless
+        # the ring has kept what was to follow.
+        self.orphans |= {path for path, owner in self.owners.items() if only_others(path, owner)}
         self.acknowledged = set(self.synced)
         self.maybe_twice |= set(self.known)
         self.begin()
@@ -326,6 +329,12 @@ class Machine(RuleBasedStateMachine):
 def has_hole(path: Path) -> bool:
     """Return whether something stands behind a page that was lost."""
     return b"\0" in path.read_bytes().rstrip(b"\0")
+
+
+def only_others(path: Path, owner: str) -> bool:
+    """Return whether a file has ids, and none of its owner's."""
+    content = path.read_bytes() if path.exists() else b""
+    return b'"id":"' in content and b'"id":"%b-' % owner.encode() not in content
 
 
 def readable(line: bytes) -> list[dict[str, Any]]:
