@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import load
-from steps import BURSTS, steps
-from subjects import BESIDE, CALLERS, CHAINS, SUBJECTS, Table, alternate, child
+from steps import steps
+from subjects import BESIDE, BURSTS, CALLERS, CHAINS, SUBJECTS, Table, alternate, child
 
 # --- What is measured: the rest of a child, which prints one JSON object ---
 

@@ -37,11 +37,11 @@ from eventlog_handler import (
     TransportRejectedError,
     TransportTimeoutError,
     _backlog,
-    _encode,
     _lines,
     _outbox,
     _rejected,
     _sender,
+    _stamp,
     _worker,
 )
 from eventlog_handler._config import resolve
@@ -155,8 +155,8 @@ class Machine(RuleBasedStateMachine):
         shm = Path("/dev/shm")
         self.base = Path(tempfile.mkdtemp(prefix="model", dir=shm if shm.is_dir() else None))
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(_encode, "_prefix", f"{0:020x}")
-        self.patch.setattr(_encode, "_numbers", itertools.count(1))
+        self.patch.setattr(_stamp, "_prefix", f"{0:020x}")
+        self.patch.setattr(_stamp, "_numbers", itertools.count(1))
         self.patch.setattr(_outbox, "RETRY_SECONDS", 0.0)
         self.patch.setattr(_outbox, "CHUNK_ROWS", 3)
         self.patch.setattr(_sender, "CHUNK_ROWS", 3)
@@ -209,7 +209,7 @@ class Machine(RuleBasedStateMachine):
         """Start a process."""
         self.fuse, self.dead = 0, False
         self.processes += 1
-        self.patch.setattr(_encode, "_prefix", f"{self.processes:020x}")
+        self.patch.setattr(_stamp, "_prefix", f"{self.processes:020x}")
         options = resolve(
             {
                 "log_base_dir": self.base,
