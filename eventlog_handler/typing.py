@@ -23,7 +23,7 @@ LineFormatter = Callable[[EventFields], "str | bytes"]
 """Turns one line's object (`timestamp`, `id`, `seq`, `event`) into the text of a custom file."""
 
 
-EventHead = tuple["str | None", str, str, float]
+EventHead = tuple[str | None, str, str, float]
 """All of an `EncodedEvent` but its body. A plain tuple, as one of a class is dearer for callers."""
 
 

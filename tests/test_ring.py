@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -398,3 +399,33 @@ def test_a_note_is_read_back() -> None:
         b"",
         b"",
     ]
+
+
+class BrokenOff:
+    """A ring's buffer whose n-th store is broken off, as by Ctrl-C."""
+
+    def __init__(self, buffer: memoryview, stores: int) -> None:
+        self.content = buffer
+        self._left = stores
+
+    def __setitem__(self, at: slice, data: bytes) -> None:
+        """Store, or raise."""
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        self.content[at] = data
+
+
+@pytest.mark.parametrize("stores", [1, 2])
+def test_an_append_that_is_broken_off_as_a_lap_ends_breaks_no_other(stores: int) -> None:
+    """Whether or not the new lap has begun already, the next event finds its place."""
+    ring = new_ring(512)
+    region = ring.append(packed(event(1, b"x" * 300)))
+    assert region is not None
+    ring.done(*region)
+    ring.buffer = BrokenOff(ring.buffer, stores)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        ring.append(packed(event(2, b"y" * 300)))
+    ring.buffer = ring.buffer.content  # type: ignore[attr-defined]
+    assert ring.append(packed(event(3, b"z" * 100))) is not None
+    assert ids(ring) == ["p-3"]
