@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import orjson
-
 from eventlog_handler._files import sync_directory
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, body_of, pack, space
@@ -171,10 +169,7 @@ class JournalHandoff(MemoryHandoff):
         Raises:
             OSError: It is handed off, and may be lost with this process, or with the power.
         """
-        try:
-            payload = orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
-        except TypeError:
-            payload = pack(head, body)
+        payload = pack(head, body)
         sync = sync or self._always_sync
         if self._depth:
             self._yield()
