@@ -22,7 +22,7 @@ LARGEST_WRITE = 256 * 1024
 """Bytes in one `write`; a process killed in mid-write tore lines of 8 MB, never of 1 MB."""
 LARGE_PIECE = 4096
 """Bytes in each piece, on average, from which the pieces of a write are not joined before it."""
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # Without O_NONBLOCK a planted FIFO would hold the open for ever; regular files do not mind it.
 _FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
@@ -333,18 +333,18 @@ class SessionFiles:
         """
         base, mode = self._paths.base, self._directory_mode
         try:
-            fd = os.open(base, _DIRECTORY)
+            fd = os.open(base, DIRECTORY)
         except FileNotFoundError:
             os.makedirs(base, mode, exist_ok=True)
-            fd = os.open(base, _DIRECTORY)
+            fd = os.open(base, DIRECTORY)
         try:
             for level in file.levels:
                 try:
-                    inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                    inner = os.open(level, DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 except FileNotFoundError:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(level, mode, dir_fd=fd)
-                    inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                    inner = os.open(level, DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 os.close(fd)
                 fd = inner
             yield fd
@@ -412,7 +412,7 @@ class SessionFiles:
 
 def sync_directory(path: Path) -> None:
     """Have the names in a directory on the disk; raises OSError."""
-    fd = os.open(path, _DIRECTORY)
+    fd = os.open(path, DIRECTORY)
     try:
         os.fsync(fd)
     finally:

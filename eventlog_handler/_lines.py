@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import orjson
 
 from eventlog_handler._encode import as_text
+from eventlog_handler._files import DIRECTORY
 from eventlog_handler._journal import OWN_DIRECTORY
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._rejected import unwrap
 from eventlog_handler.typing import OutgoingEvent
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 CHUNK_BYTES = 256 * 1024
 """Read at once; a longer line is read whole."""
 
@@ -177,10 +177,10 @@ def _open_below(base: Path, path: str) -> int:
         OSError: It is not there, or a link or something else stands in its way.
     """
     *levels, name = path.split("/")
-    fd = os.open(base, _DIRECTORY)
+    fd = os.open(base, DIRECTORY)
     try:
         for level in levels:
-            inner = os.open(level, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            inner = os.open(level, DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = inner
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
