@@ -21,6 +21,7 @@ from eventlog_handler import (
     LoggingTransport,
     SessionEvent,
     _context,
+    redact_keys,
     redact_patterns,
     session_context,
 )
@@ -472,6 +473,14 @@ def test_what_the_callback_refuses_goes_to_the_transport(
     assert [event["message"] for event in transport.events] == ["hello"]
 
 
+def test_processors_get_what_most_records_are(make_handler: Make) -> None:
+    """No record is so usual that its way past the processors is shorter."""
+    handler = make_handler(processors=[redact_keys("key")])
+    handler.handle(logging.makeLogRecord({"msg": "hello", "key": "secret", **S1}))
+    [event] = written(handler)
+    assert event["key"] != "secret"
+
+
 def test_processors_redact_before_the_hand_off(make_handler: Make, logger: logging.Logger) -> None:
     """A secret in a message or a traceback is in no file."""
     handler = make_handler(processors=[redact_patterns(r"sk-\w+")])
@@ -505,6 +514,19 @@ def test_a_record_after_the_gateways_close_is_counted(
     asyncio.run(gateway.close())
     logger.info("late", extra=S1)
     assert [e["message"] for e in events_of(base)] == ["in time"]
+    assert handler.stats().dropped == {"closed": 1}
+
+
+def test_a_record_after_the_handlers_own_close_is_counted(
+    make_handler: Make, logger: logging.Logger, base: Path
+) -> None:
+    """A handler that was closed takes nothing more, though its shared gateway is open."""
+    gateway = EventSessionLogger(base)
+    handler, other = make_handler(gateway=gateway), make_handler(gateway=gateway)
+    handler.close()
+    handler.handle(logging.makeLogRecord({"msg": "late", **S1}))
+    other.handle(logging.makeLogRecord({"msg": "in time", **S1}))
+    assert [e["message"] for e in written(other)] == ["in time"]
     assert handler.stats().dropped == {"closed": 1}
 
 
