@@ -223,7 +223,8 @@ class JournalHandoff(MemoryHandoff):
         entries, marker = self._take_entries(limit, timeout_seconds)
         events = []
         for head, payload, ring, region, sync in entries:
-            event = EncodedEvent._make((*head, body_of(payload)))
+            # Without the call in Python that the constructor of a named tuple is.
+            event = tuple.__new__(EncodedEvent, (*head, body_of(payload)))
             events.append(event)
             if ring is not None:
                 self._entries[event.id] = ring, region

@@ -65,7 +65,7 @@ def pack(head: EventHead, body: bytes) -> bytes:
 
 def body_of(payload: bytes) -> bytes:
     """Return the body of a payload that `pack` made."""
-    return payload[payload.index(b"\n") + 1 :]
+    return payload.partition(b"\n")[2]
 
 
 def unpack(payload: bytes) -> EncodedEvent:

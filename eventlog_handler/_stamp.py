@@ -43,7 +43,8 @@ def known_time(seconds: Any) -> float:
     return found if 0 <= found < LAST_SECOND else time.time()
 
 
-_second: tuple[int, str] = (0, "1970-01-01T00:00:00.")
+_seconds: dict[int, str] = {}
+"""What is known of seconds: events that are sorted by session come from many, in turns."""
 
 
 def timestamp(seconds: float) -> str:
@@ -52,16 +53,15 @@ def timestamp(seconds: float) -> str:
     Raises:
         ValueError, OverflowError: It is none that `known_time` returns.
     """
-    global _second
-    # One tuple, replaced as a whole: no thread sees a mixture of two.
-    known, text = _second
-    rest = round((seconds - known) * 1_000_000)
-    if not 0 <= rest < 1_000_000:
-        # Counted from the second in both cases: a large product rounds otherwise.
-        known = math.floor(seconds)
-        more, rest = divmod(round((seconds - known) * 1_000_000), 1_000_000)
-        known += more
-        text = datetime.fromtimestamp(known, timezone.utc).isoformat()[:19] + "."
-        _second = (known, text)
+    second = math.floor(seconds)
+    rest = round((seconds - second) * 1_000_000)
+    if rest == 1_000_000:
+        second, rest = second + 1, 0
+    text = _seconds.get(second)
+    if text is None:
+        if len(_seconds) >= 1000:
+            _seconds.clear()
+        text = f"{datetime.fromtimestamp(second, timezone.utc).isoformat()[:19]}."
+        _seconds[second] = text
     # Leading zeros are rare, and asking for six digits costs as much as all the rest.
     return f"{text}{rest}+00:00" if rest > 99_999 else f"{text}{rest:06}+00:00"

@@ -108,3 +108,10 @@ def test_a_known_time_has_a_timestamp(seconds: float) -> None:
     """What is taken for a time is one of a calendar, and stays as it is."""
     assert known_time(seconds) == seconds
     assert timestamp(known_time(seconds))
+
+
+def test_seconds_do_not_pile_up() -> None:
+    """What is remembered of seconds stays small, however many events of however many there are."""
+    for second in range(2500):
+        timestamp(1.5 + second)
+    assert len(_stamp._seconds) <= 1000
