@@ -118,6 +118,7 @@ class Feed:
         seconds = 0.0 if self._listener.is_current_thread else self._block_seconds
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            self._listener.hurry()
             time.sleep(FULL_PAUSE_SECONDS)
             if self._listener.put(head, body, sync):
                 return

@@ -6,6 +6,8 @@ limit.
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 import time
 from collections.abc import Mapping
@@ -28,6 +30,10 @@ Beside a computing thread, too, each wake-up costs milliseconds, not events.
 """
 RELEASE = 100
 """Events that are written before the hand-off hears of it: a call for each costs as much again."""
+LINGER_SECONDS = 0.01
+"""After a batch, before the next is waited for. As long as more comes within it no call has to wake
+the thread: a system call, and beside a computing thread a fight for the interpreter's lock.
+"""
 RETRY_SECONDS = 0.2
 RECOVERY_SECONDS = 30.0
 """Between two looks for what dead processes left."""
@@ -61,6 +67,7 @@ class Listener:
         self._starting = threading.Lock()
         self._consuming = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._hurry: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.users = 0
         gateway._listener = self
         self.start()
@@ -151,6 +158,7 @@ class Listener:
                 while not self._finished():
                     self._recover()
                     self._step(self._pause_seconds())
+                    self._linger()
                 if self._ending:
                     self._retire()
         finally:
@@ -158,6 +166,15 @@ class Listener:
         if self._handoff.depth:
             # Put between the last look and the flag.
             self.start()
+
+    def _linger(self) -> None:
+        """Let events come, unless somebody waits for them."""
+        with contextlib.suppress(queue.Empty):
+            self._hurry.get(timeout=LINGER_SECONDS)
+
+    def hurry(self) -> None:
+        """Have what waits taken now."""
+        self._hurry.put(None)
 
     def _recover(self) -> None:
         """Write what dead processes left, at the start and then from time to time."""
@@ -315,6 +332,7 @@ class Listener:
             return self.depth
         reached = threading.Event()
         self._handoff.put_marker(reached.set)
+        self.hurry()
         if not self._running:
             self.start()
         reached.wait(max(0.0, deadline - time.monotonic()))
@@ -338,6 +356,7 @@ class Listener:
         self._deadline = time.monotonic() + self.shutdown_timeout_seconds
         self._ending = True
         self._handoff.put_marker(self._close_owned)
+        self.hurry()
 
     def _close_owned(self) -> None:
         if self._owned:
@@ -353,6 +372,7 @@ class Listener:
         self._deadline = deadline
         self._ending = True
         self._handoff.put_marker(lambda: None)
+        self.hurry()
         thread = self._thread
         if thread is not None and not self.is_current_thread:
             # It may be in the pause before its last try.
@@ -387,5 +407,6 @@ class Listener:
         self._unsynced = {}
         self._done = []
         self._running = False
+        self._hurry = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._consuming = threading.Lock()

@@ -682,3 +682,67 @@ def test_what_is_written_is_let_go_of_where_the_thread_dies(make_handler: Make) 
     assert [each.session_id for each in listener._kept["b"]] == ["b"]
     assert len(listener._handoff._entries) == 1  # type: ignore[attr-defined]
     assert handler.flush()
+
+
+# The pause after a batch
+
+
+@pytest.fixture
+def lingering(make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Make handlers whose thread has just written `first`, and pauses for longer than any test."""
+    monkeypatch.setattr(_listener, "LINGER_SECONDS", 600.0)
+
+    def make(**options: Any) -> EventLogHandler:
+        handler = make_handler(**options)
+        handler.handle(record("first"))
+        wait_until(lambda: messages(base) == ["first"])
+        return handler
+
+    return make
+
+
+def messages(base: Path) -> list[str]:
+    """Return the messages that are in files."""
+    return [each["message"] for each in events_of(base)]
+
+
+def test_a_call_right_after_a_batch_wakes_nobody(lingering: Make) -> None:
+    """What is put then waits for the next batch: waking a thread costs its caller a system call."""
+    handler = lingering()
+    handler.handle(record("second"))
+    time.sleep(0.05)
+    assert handler.stats().handoff_depth == 1
+
+
+def test_a_flush_ends_the_pause(lingering: Make, base: Path) -> None:
+    """Who waits for the files does not wait for the pause."""
+    handler = lingering()
+    handler.handle(record("second"))
+    assert handler.flush(timeout=30)
+    assert messages(base) == ["first", "second"]
+
+
+def test_a_close_ends_the_pause(lingering: Make, base: Path) -> None:
+    """The end of a handler is not the end of its events."""
+    handler = lingering(shutdown_timeout_seconds=30)
+    handler.handle(record("second"))
+    handler.close()
+    assert messages(base) == ["first", "second"]
+
+
+def test_a_forgotten_handler_ends_the_pause(lingering: Make, base: Path) -> None:
+    """Nor is it where a handler is collected that nobody has closed."""
+    handler = lingering()
+    handler.handle(record("second"))
+    handler._feed._release()
+    wait_until(lambda: messages(base) == ["first", "second"])
+
+
+def test_a_full_hand_off_ends_the_pause(lingering: Make, base: Path) -> None:
+    """A call that waits for room has it made."""
+    handler = lingering(handoff_capacity=1, block_timeout_seconds=30)
+    for message in ("second", "third"):
+        handler.handle(record(message))
+    assert handler.flush(timeout=30)
+    assert messages(base) == ["first", "second", "third"]
+    assert handler.stats().dropped == {}
