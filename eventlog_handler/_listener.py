@@ -174,7 +174,9 @@ class Listener:
 
     def hurry(self) -> None:
         """Have what waits taken now."""
-        self._hurry.put(None)
+        # Once is enough, however many wait for a disk that stands still.
+        if self._hurry.empty():
+            self._hurry.put(None)
 
     def _recover(self) -> None:
         """Write what dead processes left, at the start and then from time to time."""

@@ -746,3 +746,11 @@ def test_a_full_hand_off_ends_the_pause(lingering: Make, base: Path) -> None:
     assert handler.flush(timeout=30)
     assert messages(base) == ["first", "second", "third"]
     assert handler.stats().dropped == {}
+
+
+def test_calls_for_the_end_of_the_pause_do_not_pile_up(lingering: Make) -> None:
+    """However long somebody waits for a disk that stands still, one call is enough."""
+    listener = lingering()._feed._listener
+    for _ in range(1000):
+        listener.hurry()
+    assert listener._hurry.qsize() <= 1
