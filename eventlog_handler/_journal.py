@@ -34,6 +34,10 @@ WARM_BYTES = 64 * 1024
 LARGEST_SHARE = 4
 """An event may take a fourth of the ring; a larger one gets a file of its own, and so does one from
 a signal handler that interrupted a signal handler in here."""
+WHOLE_BYTES = 16 * 1024
+"""From which a body waits itself, with the 4 kB or more that orjson's bytes have beside what is in
+them; a smaller one is copied out of its payload, which has not, when it is taken.
+"""
 YIELDS = 20
 """Turns that another thread gets to leave its critical section before its lock is waited for."""
 _numbers = itertools.count(1)
@@ -186,12 +190,13 @@ class JournalHandoff(MemoryHandoff):
                         ring = self._other_ring(payload, depth)
                     except OSError:
                         # Lost with its process then, as with `memory`; not before.
-                        self._queue.put((head, payload, None, None, sync))
+                        self._queue.put((head, body, True, None, None, sync))
                         raise
                 region = ring.ring.append(payload)
                 if region is None:
                     return False
-                self._queue.put((head, payload, ring, region, sync))
+                kept = body if len(body) >= WHOLE_BYTES else payload
+                self._queue.put((head, kept, kept is body, ring, region, sync))
             finally:
                 self._depth = depth
         if sync:
@@ -222,9 +227,10 @@ class JournalHandoff(MemoryHandoff):
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
         entries, marker = self._take_entries(limit, timeout_seconds)
         events = []
-        for head, payload, ring, region, sync in entries:
+        for head, kept, is_body, ring, region, sync in entries:
+            body = kept if is_body else body_of(kept)
             # Without the call in Python that the constructor of a named tuple is.
-            event = tuple.__new__(EncodedEvent, (*head, body_of(payload)))
+            event = tuple.__new__(EncodedEvent, (*head, body))
             events.append(event)
             if ring is not None:
                 self._entries[event.id] = ring, region
