@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -30,6 +31,7 @@ from eventlog_handler import (
     SerializationError,
     SessionEvent,
     session_context,
+    session_logger,
 )
 from eventlog_handler._waiter import Waiter
 from eventlog_handler.testing import (
@@ -1150,3 +1152,25 @@ async def test_others_have_their_turn(make_gateway: Make) -> None:
             while True:
                 await gateway(event(1))
         assert scope.cancelled_caught
+
+
+@pytest.mark.anyio
+async def test_turns_are_as_rare_with_a_transport_that_nobody_waits_for(
+    make_gateway: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn of the event loop costs half an event: it is given once in a while, not each time."""
+    monkeypatch.setattr(session_logger, "TURN_SECONDS", 600.0)
+    turns: list[None] = []
+
+    async def turn() -> None:
+        turns.append(None)
+
+    transport = RecordingTransport()
+    async with make_gateway(downstream_transport=transport, downstream_wait_seconds=0) as gateway:
+        await gateway(event(0))
+        await wait_until(lambda: numbers(transport) == [0] and gateway._delivery.live)
+        # Not in `anyio` itself, where the transport's thread would give turns too.
+        monkeypatch.setattr(session_logger, "lowlevel", SimpleNamespace(checkpoint=turn))
+        for number in range(1, 10):
+            await gateway(event(number))
+    assert turns == []
