@@ -35,8 +35,8 @@ LARGEST_SHARE = 4
 """An event may take a fourth of the ring; a larger one gets a file of its own, and so does one from
 a signal handler that interrupted a signal handler in here."""
 WHOLE_BYTES = 16 * 1024
-"""From which a body waits itself, with the 4 kB or more that orjson's bytes have beside what is in
-them; a smaller one is copied out of its payload, which has not, when it is taken.
+"""From which a body itself waits, though orjson's bytes have up to about 4 kB more than what is in
+them. A smaller one waits in its payload, which has not, and is copied out when it is taken.
 """
 YIELDS = 20
 """Turns that another thread gets to leave its critical section before its lock is waited for."""
