@@ -9,7 +9,6 @@ from subjects import BURSTS, RECORD, SUBJECTS, Table, alternate
 CUT = """
 from eventlog_handler import EventLogHandler
 from eventlog_handler._journal import MappedRing
-from eventlog_handler._ring import pack
 from eventlog_handler._snapshot import usual_event
 handler = EventLogHandler(log_base_dir=folder)
 ring, field = MappedRing(pathlib.Path(folder), 65536).ring, "session_id"
@@ -18,16 +17,15 @@ log.addHandler(handler)
 """
 STEPS = {
     "filter, settings": "None",
-    "fields, JSON, session, id, time": "usual_event(record, field)",
-    "packing": "pack(*usual_event(record, field))",
-    "checksum, frame, store": "ring.append(pack(*usual_event(record, field))) or ring.clear()",
+    "fields, session, number, time, JSON": "usual_event(record, field)",
+    "checksum, frame, store": "ring.append(usual_event(record, field)[1]) or ring.clear()",
 }
 REST = "lock, queue, and all calls: ours, process"
 # All of it again, straight on: no filter, setting, bound field, unusual record or signal handler
 # is asked for, and no ring is ever full.
 AT_ONCE = """
-import mmap, queue, struct, zlib, orjson
-from eventlog_handler._stamp import new_id
+import itertools, mmap, queue, struct, zlib, orjson
+numbers = itertools.count(1)
 words = struct.Struct("<QII").pack
 class AtOnce(logging.Handler):
     def __init__(self):
@@ -43,14 +41,15 @@ class AtOnce(logging.Handler):
                   "logger": record.name, "message": record.msg % record.args}
         for name in held:
             if name not in self.own: fields[name] = held[name]
-        head = held["session_id"], "log", new_id(), record.created
-        payload = orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + orjson.dumps(fields)
+        head = held["session_id"], "log", next(numbers), record.created
+        payload = orjson.dumps((*head[2:], fields))
         length = len(payload)
         with self.mutex:
             at = self.at if self.at + length + 32 < 2**16 else 0
-            self.ring[at:at + 16 + length] = words(at, zlib.crc32(payload), length) + payload
+            kept = words(at, zlib.crc32(payload), length) + payload
+            self.ring[at:at + 16 + length] = kept
             self.at = at + length + 16
-            self.queue.put((head, payload, at))
+            self.queue.put((head, kept, at))
 def listen():
     while True: once.queue.get()
 once = AtOnce(); log.addHandler(once)

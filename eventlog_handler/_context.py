@@ -17,15 +17,26 @@ import structlog
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-current: contextvars.ContextVar[tuple[str | None, Mapping[str, Any]]] = contextvars.ContextVar(
-    "eventlog_handler.session", default=(None, {})
+Known = tuple[str | None, Mapping[str, Any], bool]
+current: contextvars.ContextVar[Known] = contextvars.ContextVar(
+    "eventlog_handler", default=(None, {}, False)
 )
-"""Session and fields of `session_context`."""
+"""Session and fields of `session_context`, and whether a transport or callback runs here for us.
 
-delivering: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "eventlog_handler.delivering", default=False
-)
-"""True while a transport or callback runs for us: what it logs must not come back in as events."""
+One variable, as each that is not set costs a call as much as two functions.
+"""
+
+
+def deliver() -> None:
+    """From now on this context runs for us: what it logs must not come back in as events."""
+    session_id, fields, _ = current.get()
+    current.set((session_id, fields, True))
+
+
+def delivering() -> bool:
+    """Return whether a transport or callback runs here for us."""
+    return current.get()[2]
+
 
 _driver_loggers: tuple[str, ...] = ("eventlog_handler.",)
 
@@ -34,7 +45,7 @@ def silence(names: Iterable[str]) -> None:
     """Never take up again what these loggers log: they speak of deliveries.
 
     Args:
-        names: Of loggers that drivers use on threads of their own, where `delivering` is not set.
+        names: Of loggers that drivers use on threads of their own, where `deliver` is not called.
     """
     global _driver_loggers, silenced
     _driver_loggers = tuple({*_driver_loggers, *(f"{name}." for name in names)})
@@ -110,12 +121,12 @@ class session_context:  # noqa: N801 - reads as a function, like `contextlib.sup
     def __init__(self, session_id: Any, /, **fields: Any) -> None:
         self._session_id = str(session_id)
         self._fields = fields
-        self._tokens: list[contextvars.Token[tuple[str | None, Mapping[str, Any]]]] = []
+        self._tokens: list[contextvars.Token[Known]] = []
 
     def __enter__(self) -> session_context:
         """Bind; returns itself."""
-        merged = {**current.get()[1], **self._fields}
-        self._tokens.append(current.set((self._session_id, merged)))
+        _, fields, ours = current.get()
+        self._tokens.append(current.set((self._session_id, {**fields, **self._fields}, ours)))
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -14,8 +14,9 @@ from eventlog_handler._config import (
     check_seconds,
     refuse_unknown,
 )
-from eventlog_handler._context import captures
+from eventlog_handler._context import captures, delivering
 from eventlog_handler._listener import FULL_PAUSE_SECONDS, Listener
+from eventlog_handler._payload import pack
 from eventlog_handler._snapshot import record_fields, usual_event
 from eventlog_handler.session_logger import EventSessionLogger
 from eventlog_handler.typing import EventFields, EventHead
@@ -62,18 +63,23 @@ class Feed:
         """Snapshot a record and hand it off."""
         intake, found = self._intake, None
         if not (self._closed or self.gateway._closed or intake.processors or captures):
-            # Arguments that do not fit their format string: the long way knows what to do.
             try:
                 found = usual_event(record, intake.session_field)
             except Exception:
+                # What it is about the record, the long way knows.
                 found = None
         if found is None:
-            session_id = getattr(record, intake.session_field, None)
-            self.put(record_fields(record), record.created, record.levelno, session_id)
+            if not delivering():
+                session_id = getattr(record, intake.session_field, None)
+                self.put(record_fields(record), record.created, record.levelno, session_id)
             return
-        head, body = found
-        if self._sync_level is not None or not self._listener.put(head, body):
-            self._hand_off(head, body, record.levelno)
+        head, payload = found
+        listener = self._listener
+        if self._sync_level is not None or not listener._handoff.put(head, payload):
+            self._hand_off(head, payload, record.levelno)
+        elif not listener._running:
+            # As in its `put`, which would be one call more.
+            listener.start()
 
     def put(
         self,
@@ -102,17 +108,17 @@ class Feed:
             return
         found = intake.snapshot(fields, session_id, seconds, complete)
         if found is not None and not captures:
-            head, body = found
-            self._hand_off(head, body, level)
+            head, processed = found
+            self._hand_off(head, pack(head, processed), level)
 
-    def _hand_off(self, head: EventHead, body: bytes, level: int) -> None:
+    def _hand_off(self, head: EventHead, payload: bytes, level: int) -> None:
         sync = self._sync_level
         # A record that was made by hand may have no level.
         sync = sync is not None and bool(level) and level >= sync
-        if not self._listener.put(head, body, sync):
-            self._wait_for_room(head, body, sync)
+        if not self._listener.put(head, payload, sync):
+            self._wait_for_room(head, payload, sync)
 
-    def _wait_for_room(self, head: EventHead, body: bytes, sync: bool) -> None:
+    def _wait_for_room(self, head: EventHead, payload: bytes, sync: bool) -> None:
         # What the listener itself logs (a finalizer, an error handler) waits for nobody: nobody
         # else makes room.
         seconds = 0.0 if self._listener.is_current_thread else self._block_seconds
@@ -120,7 +126,7 @@ class Feed:
         while time.monotonic() < deadline:
             self._listener.hurry()
             time.sleep(FULL_PAUSE_SECONDS)
-            if self._listener.put(head, body, sync):
+            if self._listener.put(head, payload, sync):
                 return
         self.gateway._report.drop_untold("overflow", head[0])
 

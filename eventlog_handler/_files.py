@@ -207,7 +207,9 @@ class SessionFiles:
                 file.generation = registrar.register(path, name, file.size)
         pieces, size, ends = self._chunk(file, events)
         chunk = events[: len(ends)]
-        written = Written._make((outbox, path, name, file.size, file.seq + 1, chunk, ends))
+        # Without the call in Python that the constructor of a named tuple is.
+        place = outbox, path, name, file.size, file.seq + 1, chunk, ends
+        written = tuple.__new__(Written, place)
         self._write(session_id, file, pieces, size)
         return file, written, size
 
@@ -246,7 +248,9 @@ class SessionFiles:
         return None
 
     def _write(self, session_id: str | None, file: _File, pieces: list[bytes], size: int) -> None:
-        start = max(0, file.size - len(self._layout.closing))
+        start = file.size - len(self._layout.closing)
+        if start < 0:
+            start = 0
         try:
             if not self._layout.flags & os.O_APPEND:
                 os.lseek(file.fd, start, os.SEEK_SET)
@@ -254,9 +258,10 @@ class SessionFiles:
             # joined: the page faults of a copy cost more than the write (100 kB: 60 µs of 210).
             large = size > LARGE_PIECE * len(pieces)
             done = os.writev(file.fd, pieces) if large else 0
-            rest = b"".join(pieces)[done:] if done < size else b""
-            while rest:
-                rest = rest[os.write(file.fd, rest) :]
+            if done < size:
+                joined = b"".join(pieces)
+                while done < size:
+                    done += os.write(file.fd, joined[done:] if done else joined)
         except BaseException:
             self._undo(session_id, file, start)
             raise

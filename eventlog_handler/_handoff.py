@@ -10,6 +10,7 @@ import queue
 from collections.abc import Iterable
 from typing import Any
 
+from eventlog_handler._payload import event_of
 from eventlog_handler.typing import EncodedEvent, EventHead, Marker
 
 
@@ -25,19 +26,19 @@ class MemoryHandoff:
         self._capacity = capacity
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def put(self, head: EventHead, body: bytes, sync: bool = False) -> bool:
+    def put(self, head: EventHead, payload: bytes, sync: bool = False) -> bool:
         """Accept an event, or return False when full.
 
         Args:
-            head: All of it but its body.
-            body: Its JSON object.
+            head: That of the event.
+            payload: As `pack` makes it of the event.
             sync: Asks for what memory has not.
         """
         # Racing threads may pass the limit together: it bounds memory, it is no exact count.
         if self._queue.qsize() >= self._capacity:
             return False
         # A copy: orjson's own bytes are larger than what is in them.
-        self._queue.put((head, b"%b" % body))
+        self._queue.put((head, b"%b" % payload))
         return True
 
     def put_marker(self, reached: Marker) -> None:
@@ -47,7 +48,7 @@ class MemoryHandoff:
     def take(self, limit: int, timeout_seconds: float) -> tuple[list[EncodedEvent], Marker | None]:
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
         entries, marker = self._take_entries(limit, timeout_seconds)
-        return [EncodedEvent._make((*head, body)) for head, body in entries], marker
+        return [event_of(head, payload) for head, payload in entries], marker
 
     def _take_entries(
         self, limit: int, timeout_seconds: float

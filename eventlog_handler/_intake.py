@@ -13,7 +13,7 @@ from eventlog_handler._context import bound_session, captures, current
 from eventlog_handler._encode import as_text, encode, encode_and_load
 from eventlog_handler._report import Report
 from eventlog_handler._snapshot import event_fields
-from eventlog_handler._stamp import known_time, new_id
+from eventlog_handler._stamp import NUMBERS, event_id, known_time
 from eventlog_handler.exceptions import SerializationError
 from eventlog_handler.redact import drop_system_prompt
 from eventlog_handler.typing import EncodedEvent, EventFields, EventHead
@@ -43,9 +43,10 @@ class Intake:
         found = self.snapshot(fields, self.session_of(fields), time.time())
         if found is None:
             return None
-        head, body = found
+        (session_id, kind, number, seconds), snapped = found
         # A copy: orjson's own bytes are larger than what is in them.
-        return EncodedEvent._make((*head, b"%b" % body))
+        body = b"%b" % encode(snapped)
+        return EncodedEvent(session_id, kind, event_id(number), seconds, body)
 
     def read(self, event: Any) -> EventFields:
         """Return the fields of anything, as a dict of their own."""
@@ -72,8 +73,8 @@ class Intake:
 
     def snapshot(
         self, fields: EventFields, session_id: str | None, seconds: float, complete: bool = True
-    ) -> tuple[EventHead, bytes] | None:
-        """Return an event's head and its body; None where it is dropped on purpose.
+    ) -> tuple[EventHead, Mapping[str, Any]] | None:
+        """Return an event's head and what is to be encoded; None where it is dropped on purpose.
 
         Args:
             fields: Its own dict; it is changed.
@@ -81,7 +82,7 @@ class Intake:
             seconds: Unix time of the call.
             complete: Whether a missing `session_id` is added, or a formatter has decided.
         """
-        _, bound = current.get()
+        _, bound, _ = current.get()
         if bound:
             for name, value in bound.items():
                 fields.setdefault(name, value)
@@ -91,14 +92,14 @@ class Intake:
         if processed is None:
             self._report.drop("filtered")
             return None
-        body = encode(processed)
-        if captures:
-            for capture in captures:
-                capture(body)
         kind = processed.get("type", "event")
         if type(kind) is not str:
             kind = as_text(kind)
-        return (session_id, kind, new_id(), known_time(seconds)), body
+        if captures:
+            body = encode(processed)
+            for capture in captures:
+                capture(body)
+        return (session_id, kind, next(NUMBERS), known_time(seconds)), processed
 
     def _process(self, fields: EventFields) -> Mapping[str, Any] | None:
         """Run the processors on a copy that shares nothing with the application's objects."""

@@ -15,12 +15,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from eventlog_handler._files import sync_directory
 from eventlog_handler._handoff import MemoryHandoff
-from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, body_of, pack, space
+from eventlog_handler._payload import event_of
+from eventlog_handler._ring import ALIGN, HEADER_BYTES, Ring, space
 from eventlog_handler._stamp import process_id
 from eventlog_handler.typing import EncodedEvent, EventHead, Marker
 
@@ -34,10 +35,6 @@ WARM_BYTES = 64 * 1024
 LARGEST_SHARE = 4
 """An event may take a fourth of the ring; a larger one gets a file of its own, and so does one from
 a signal handler that interrupted a signal handler in here."""
-WHOLE_BYTES = 16 * 1024
-"""From which a body itself waits, though orjson's bytes have up to about 4 kB more than what is in
-them. A smaller one waits in its payload, which has not, and is copied out when it is taken.
-"""
 YIELDS = 20
 """Turns that another thread gets to leave its critical section before its lock is waited for."""
 _numbers = itertools.count(1)
@@ -128,6 +125,7 @@ class JournalHandoff(MemoryHandoff):
         ring_bytes: Size of the ring.
         always_sync: Whether every call returns after its event is on the disk.
         unknown_directory: Below the base, where events without a session go.
+        failed: Hears why an accepted event may be lost with this process, or with the power.
 
     Raises:
         OSError: The file system has no room, or can not map, lock or preallocate.
@@ -140,11 +138,13 @@ class JournalHandoff(MemoryHandoff):
         ring_bytes: int,
         always_sync: bool,
         unknown_directory: str = "",
+        failed: Callable[[OSError], object] = lambda error: None,
     ) -> None:
         note = unknown_directory.encode()
         super().__init__(capacity)
         self.durability = "disk" if always_sync else "process"
         self._always_sync = always_sync
+        self._failed = failed
         self._note = note
         self._directory = directory
         self._largest = ring_bytes // LARGEST_SHARE
@@ -162,45 +162,44 @@ class JournalHandoff(MemoryHandoff):
         self._entries: dict[str, tuple[MappedRing, tuple[int, int]]] = {}
         self._must_sync: set[str] = set()
 
-    def put(self, head: EventHead, body: bytes, sync: bool = False) -> bool:
+    def put(self, head: EventHead, payload: bytes, sync: bool = False) -> bool:
         """Accept an event, or return False when full. It is safe from a kill when this returns.
 
         Args:
-            head: All of it but its body.
-            body: Its JSON object.
+            head: That of the event.
+            payload: As `pack` makes it of the event.
             sync: Whether to return only after it is on the disk.
-
-        Raises:
-            OSError: It is handed off, and may be lost with this process, or with the power.
         """
-        payload = pack(head, body)
         sync = sync or self._always_sync
         if self._depth:
             self._yield()
-        with self._lock:
-            # At each depth a ring of its own: what was interrupted finds its ring as it left it.
-            depth = self._depth
-            try:
-                self._depth = depth + 1
-                if self._closed or self._queue.qsize() >= self._capacity:
-                    return False
-                ring = self._rings[0]
-                if depth or len(payload) > self._largest:
-                    try:
-                        ring = self._other_ring(payload, depth)
-                    except OSError:
-                        # Lost with its process then, as with `memory`; not before.
-                        self._queue.put((head, body, True, None, None, sync))
-                        raise
-                region = ring.ring.append(payload)
-                if region is None:
-                    return False
-                kept = body if len(body) >= WHOLE_BYTES else payload
-                self._queue.put((head, kept, kept is body, ring, region, sync))
-            finally:
-                self._depth = depth
-        if sync:
-            ring.sync(region[1])
+        try:
+            with self._lock:
+                # At each depth a ring of its own: what was interrupted finds its own as it left it.
+                depth = self._depth
+                try:
+                    self._depth = depth + 1
+                    if self._closed or self._queue.qsize() >= self._capacity:
+                        return False
+                    ring = self._rings[0]
+                    if depth or len(payload) > self._largest:
+                        try:
+                            ring = self._other_ring(payload, depth)
+                        except OSError:
+                            # Lost with its process then, as with `memory`; not before.
+                            self._queue.put((head, None, (None, b"%b" % payload, 0), sync))
+                            raise
+                    place = ring.ring.append(payload)
+                    if place is None:
+                        return False
+                    self._queue.put((head, ring, place, sync))
+                finally:
+                    self._depth = depth
+            if sync:
+                ring.sync(place[0][1])
+        except OSError as error:
+            # It is handed off, and not on the disk: its file will be synced, or tried until it is.
+            self._failed(error)
         return True
 
     def _yield(self) -> None:
@@ -227,10 +226,8 @@ class JournalHandoff(MemoryHandoff):
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
         entries, marker = self._take_entries(limit, timeout_seconds)
         events = []
-        for head, kept, is_body, ring, region, sync in entries:
-            body = kept if is_body else body_of(kept)
-            # Without the call in Python that the constructor of a named tuple is.
-            event = tuple.__new__(EncodedEvent, (*head, body))
+        for head, ring, (region, kept, skip), sync in entries:
+            event = event_of(head, kept, skip)
             events.append(event)
             if ring is not None:
                 self._entries[event.id] = ring, region

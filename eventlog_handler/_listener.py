@@ -17,6 +17,7 @@ from eventlog_handler import _lifecycle
 from eventlog_handler._encode import encode
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._journal import JournalHandoff, journal_directory
+from eventlog_handler._payload import head_of, pack_body
 from eventlog_handler._recovery import recover
 from eventlog_handler._report import warn
 from eventlog_handler._stamp import new_id
@@ -85,8 +86,12 @@ class Listener:
             ring_bytes = self._options["ring_bytes"]
             unknown = self.gateway.get_session_directory(None)
             below = "/".join(unknown.relative_to(settings.log_base_dir).parts)
-            sync = level == "disk"
-            return JournalHandoff(directory, self._capacity, ring_bytes, sync, below)
+            sync, report = level == "disk", self.gateway._report
+
+            def failed(error: OSError) -> None:
+                report.local(error, "journal")
+
+            return JournalHandoff(directory, self._capacity, ring_bytes, sync, below, failed)
         except OSError as error:
             warn("journal", f"durability is 'memory': no journal can be made ({error.strerror})")
             self.gateway._report.tell(error, "journal")
@@ -112,20 +117,15 @@ class Listener:
         """What a handed-off event survives: `memory`, `process` or `disk`."""
         return self._durability
 
-    def put(self, head: EventHead, body: bytes, sync: bool = False) -> bool:
+    def put(self, head: EventHead, payload: bytes, sync: bool = False) -> bool:
         """Accept an event, or return False when full.
 
         Args:
-            head: All of it but its body.
-            body: Its JSON object.
+            head: That of the event.
+            payload: As `pack` makes it of the event.
             sync: Whether to return only after it is on the disk.
         """
-        try:
-            accepted = self._handoff.put(head, body, sync)
-        except OSError as error:
-            # It is handed off, and not on the disk: its file will be synced, or tried until it is.
-            self.gateway._report.local(error, "journal")
-            accepted = True
+        accepted = self._handoff.put(head, payload, sync)
         # The thread clears the flag, then looks at the queue once more: one of us sees the other.
         if not self._running:
             self.start()
@@ -207,7 +207,8 @@ class Listener:
         retired.close()
         self._unsynced.clear()
         for event in events:
-            self._handoff.put(event[:4], event.body)
+            head = head_of(event)
+            self._handoff.put(head, pack_body(head, event.body))
 
     def _pause_seconds(self) -> float:
         if self.gateway._report.untold:

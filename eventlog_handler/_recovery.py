@@ -21,6 +21,7 @@ from types import MappingProxyType
 import orjson
 
 from eventlog_handler._journal import OWN_DIRECTORY, SUFFIX
+from eventlog_handler._payload import unpack
 from eventlog_handler._report import Report
 from eventlog_handler._ring import Damage, read_note, read_ring
 from eventlog_handler._stamp import process_id
@@ -118,7 +119,7 @@ def _recover_process(
 ) -> int:
     events, damage, unknown = _read(base, rings)
     # Numbers go up along each thread's calls, also where a signal handler used another ring.
-    events.sort(key=lambda event: int(event.id.rpartition("-")[2], 16))
+    events.sort(key=lambda event: int(event.id.rpartition("-")[2]))
     by_session = _by_session(events)
     places = {
         session_id: {directory_of(session_id)} | {p for p in unknown if p.name == session_id}
@@ -153,7 +154,8 @@ def _read(
     unknown: set[Path] = set()
     for path, fd in rings.items():
         content = os.pread(fd, os.fstat(fd).st_size, 0)
-        found, damaged = read_ring(content)
+        payloads, damaged = read_ring(content)
+        found = [unpack(payload, _process_of(path)) for payload in payloads]
         damage += [(path, each) for each in damaged]
         below = read_note(content).decode("ascii", "replace")
         if below:

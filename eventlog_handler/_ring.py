@@ -20,29 +20,25 @@ new, and a reader that has lost its way finds the next record.
 
 from __future__ import annotations
 
-import json
 import struct
 import sys
 import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import orjson
-
-from eventlog_handler.typing import EncodedEvent, EventHead
-
-MAGIC = int.from_bytes(b"EVLRING3", "little")
+MAGIC = int.from_bytes(b"EVLRING4", "little")
 HEADER_BYTES = 4096
 ALIGN = 16
 _COPIES = (0, 512)
 _TAILS = (1024, 1536)
 _HEAD = 2048
 _NOTE = 2560
-_LARGE = 4096
-"""Bytes from which a record is not copied once more to be stored as one."""
+_LARGE = 16 * 1024
+"""Bytes from which a payload is not copied, to be stored and to wait with its frame as one."""
 _WORD = struct.Struct("<Q")
 _WORDS = struct.Struct("<QQ")
 _RECORD = struct.Struct("<QII")
+_frame = _RECORD.pack
 _FIELDS = struct.Struct("<QQQ")
 _HEADER = struct.Struct("<QQQQ")
 
@@ -52,26 +48,6 @@ class Damage(NamedTuple):
 
     position: int
     content: bytes
-
-
-def pack(head: EventHead, body: bytes) -> bytes:
-    """Return an event as a record's payload: its head as a line of JSON, and its body."""
-    try:
-        return orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
-    except TypeError:
-        # Lone surrogates, which UTF-8 has not, are escaped by the slower one.
-        return b"%b\n%b" % (json.dumps(head).encode(), body)
-
-
-def body_of(payload: bytes) -> bytes:
-    """Return the body of a payload that `pack` made."""
-    return payload.partition(b"\n")[2]
-
-
-def unpack(payload: bytes) -> EncodedEvent:
-    """Return the event of a payload that `pack` made."""
-    head, _, body = payload.partition(b"\n")
-    return EncodedEvent._make((*json.loads(head), body))
 
 
 _checksum = zlib.crc32
@@ -117,11 +93,15 @@ class Ring:
         for _ in _TAILS:
             self._advance(0)
 
-    def append(self, payload: bytes) -> tuple[int, int] | None:
-        """Write a record; return where it begins and ends, or None where there is no room.
+    def append(self, payload: bytes) -> tuple[tuple[int, int], bytes, int] | None:
+        """Write a record; return its place, or None where there is no room.
 
         It counts once its checksum fits what stands behind it, in whatever order the bytes arrive.
         What a kill or an exception cuts off before that is overwritten by the next.
+
+        Returns:
+            Where it begins and ends; what is to be kept of it, which may be smaller than `payload`;
+            and from where on that is the payload.
         """
         begin = position = self.head
         length = len(payload)
@@ -132,15 +112,17 @@ class Ring:
                 return None
             position = found
         at = HEADER_BYTES + position - self._lap
-        words = _RECORD.pack(position ^ self._nonce, _checksum(payload, position + 1), length)
+        kept = _frame(position ^ self._nonce, _checksum(payload, position + 1), length)
         if length < _LARGE:
             # As one: a second store costs more than the copy.
-            self.buffer[at : at + 16 + length] = words + payload
+            kept, skip = kept + payload, 16
+            self.buffer[at : at + 16 + length] = kept
         else:
-            self.buffer[at : at + 16] = words
-            self.buffer[at + 16 : at + 16 + length] = payload
+            self.buffer[at : at + 16] = kept
+            kept, skip = payload, 0
+            self.buffer[at + 16 : at + 16 + length] = kept
         self._head[0] = self.head = end = position + size
-        return begin, end
+        return (begin, end), kept, skip
 
     def _make_room(self, size: int) -> int | None:
         """Return where a record of `size` bytes can begin, or None where there is no room."""
@@ -153,7 +135,7 @@ class Ring:
         self._free = 0
         if position != begin:
             at = HEADER_BYTES + begin % capacity
-            words = _RECORD.pack(begin ^ self._nonce, _checksum(b"", begin + 1), 0)
+            words = _frame(begin ^ self._nonce, _checksum(b"", begin + 1), 0)
             self.buffer[at : at + 16] = words
             self.head = position
         self._lap = position - position % capacity
@@ -199,14 +181,14 @@ class Ring:
         self.tail = position
 
 
-def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
-    """Return the events that stand in a ring, in order, and what is damaged.
+def read_ring(content: bytes) -> tuple[list[bytes], list[Damage]]:
+    """Return the payloads that stand in a ring, in order, and what is damaged.
 
     Args:
         content: The whole file.
 
     Returns:
-        Events, and stretches in which a record should be and cannot be read; a file whose header
+        Payloads, and stretches in which a record should be and cannot be read; a file whose header
         cannot be read is one such stretch, unless it was never written.
     """
     header = _read_header(content) if len(content) >= HEADER_BYTES else None
@@ -221,7 +203,7 @@ def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
         # An older tail, part of whose lap is overwritten.
         position = head - capacity
     end = position + capacity
-    events: list[EncodedEvent] = []
+    payloads: list[bytes] = []
     damage: list[Damage] = []
     lost_at: int | None = None
     # Up to `head` a record that cannot be read is damage, and the next one is looked for. One more
@@ -239,10 +221,10 @@ def read_ring(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
             lost_at = None
         payload, position = record
         if payload:
-            events.append(unpack(payload))
+            payloads.append(payload)
     if lost_at is not None:
         damage.append(_stretch(content, capacity, lost_at, head))
-    return events, damage
+    return payloads, damage
 
 
 def read_note(content: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import traceback
@@ -13,15 +14,17 @@ from typing import Any
 import orjson
 
 from eventlog_handler._context import current
-from eventlog_handler._encode import as_text, encode, object_fields, public_attributes
-from eventlog_handler._stamp import LAST_SECOND, new_id
+from eventlog_handler._encode import as_text, object_fields, public_attributes
+from eventlog_handler._payload import pack
+from eventlog_handler._stamp import LAST_SECOND, NUMBERS
 from eventlog_handler.typing import EventFields, EventHead
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 _NAMES = tuple(logging.makeLogRecord({}).__dict__)
-_COUNT, _FIRST, _LAST = len(_NAMES), _NAMES[0], _NAMES[-1]
-_STANDARD = frozenset(_NAMES) | {
+_BEFORE_LAST, _LAST = len(_NAMES) - 1, _NAMES[-1]
+_IN_ORDER = frozenset(_NAMES)
+_STANDARD = _IN_ORDER | {
     # Set later by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`.
     "message",
     "asctime",
@@ -87,54 +90,63 @@ def usual_event(record: logging.LogRecord, field: str) -> tuple[EventHead, bytes
         field: The name of the session's field.
 
     Returns:
-        Head and body; None for a record that only the long way knows how to take.
+        Head and payload; None for a record that only the long way knows how to take.
 
     Raises:
-        Exception: Arguments do not fit their format string.
+        Exception: So is this one: arguments do not fit their format string, or a standard
+            attribute was taken away.
     """
-    bound_id, bound = current.get()
-    held, text, args = record.__dict__, record.msg, record.args
-    names = list(held)
-    # The standard ones come first, in the order in which a record is made; if the first and the
-    # last of them are in their places, so are the others.
+    bound_id, bound, ours = current.get()
+    held = record.__dict__
+    text, args, kind, seconds = held["msg"], held["args"], "log", held["created"]
+    # The standard ones come first, in the order in which a record is made.
+    names = itertools.islice(held, _BEFORE_LAST, None)
     if (
         bound
+        or ours
         or type(text) is not str
         or type(record) is not logging.LogRecord
-        or names[0] != _FIRST
-        or names[_COUNT - 1] != _LAST
-        or record.exc_info
-        or record.exc_text
-        or record.stack_info
+        or next(names, None) is not _LAST
+        or held["exc_info"]
+        or held["exc_text"]
+        or held["stack_info"]
     ):
         return None
-    kind, seconds = "log", record.created
     fields: EventFields = {
         "type": kind,
         "session_id": None,
-        "level": record.levelname,
-        "logger": record.name,
+        "level": held["levelname"],
+        "logger": held["name"],
         "message": text % args if args else text,
     }
-    for name in names[_COUNT:]:
+    for name in names:
         if name not in _TAKEN:
             fields[name] = held[name]
         elif name == "event_type":
             fields["type"] = kind = held[name] or kind
-        elif name not in _STANDARD:
+        elif name in _IN_ORDER or name not in _STANDARD:
             return None
     session_id = held.get(field, bound_id)
-    if type(session_id) is not str or type(kind) is not str or type(seconds) is not float:
+    if (
+        type(session_id) is not str
+        or type(kind) is not str
+        or type(seconds) is not float
+        or not 0 <= seconds < LAST_SECOND
+    ):
         return None
-    if not 0 <= seconds < LAST_SECOND:
-        return None
-    if fields["session_id"] is None:
+    own = fields["session_id"]
+    if own is None:
         fields["session_id"] = session_id
+    elif own is not session_id:
+        return None
+    number = next(NUMBERS)
+    head = session_id, kind, number, seconds
     try:
-        body = orjson.dumps(fields, None, orjson.OPT_PASSTHROUGH_DATACLASS)
+        # As `pack` does it, without the call.
+        payload = orjson.dumps((number, seconds, fields), None, orjson.OPT_PASSTHROUGH_DATACLASS)
     except TypeError:
-        body = encode(fields)
-    return (session_id, kind, new_id(), seconds), body
+        payload = pack(head, fields)
+    return head, payload
 
 
 def _message(record: logging.LogRecord) -> str:

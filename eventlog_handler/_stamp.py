@@ -10,13 +10,19 @@ from datetime import datetime, timezone
 from typing import Any
 
 _prefix = secrets.token_hex(10)
-_numbers = itertools.count(1)
+NUMBERS = itertools.count(1)
+"""Of this process's events. `next` is one step under the interpreter's lock: it needs none of ours.
+"""
+
+
+def event_id(number: int) -> str:
+    """Return an id that no other event ever gets: 80 random bits of this process, and a number."""
+    return f"{_prefix}-{number}"
 
 
 def new_id() -> str:
-    """Return an id that no other event ever gets: 80 random bits of this process, and a number."""
-    # `next` of a count is one step under the interpreter's lock, so threads need no lock of ours.
-    return f"{_prefix}-{next(_numbers)}"
+    """Return the id of an event that has no number yet."""
+    return event_id(next(NUMBERS))
 
 
 def process_id() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from eventlog_handler._context import delivering
+from eventlog_handler._context import deliver
 from eventlog_handler._downstream import as_exception
 from eventlog_handler._lanes import Lane
 from eventlog_handler._report import Report
@@ -128,7 +128,7 @@ class Worker:
 
     def _run(self) -> None:
         # For all that runs on this thread, and on those that it lends to the driver.
-        delivering.set(True)
+        deliver()
         self._context = contextvars.copy_context()
         while True:
             try:
@@ -148,7 +148,7 @@ class Worker:
     async def _main(self) -> None:
         self._stopping = anyio.Event()
         self._loop = loop = asyncio.get_running_loop()
-        loop.set_default_executor(_Executor(initializer=delivering.set, initargs=(True,)))
+        loop.set_default_executor(_Executor(initializer=deliver))
         ended = anyio.Event()
         async with anyio.create_task_group() as group:
             group.start_soon(self._run_lane, ended)

@@ -84,13 +84,13 @@ class EventLogHandler(logging.Handler):
             name = record.name
             # A record that was made by hand may have any name.
             name = name if type(name) is str else str(name)
-            if delivering.get() or _context.silenced[name] or (teed and self._is_teed()):
+            if _context.silenced[name] or (teed and self._is_teed()):
                 return
             formatter = self.formatter
             # The plain class makes no JSON, and `basicConfig` sets one where there is none.
             if formatter is None or type(formatter) is logging.Formatter:
                 self._feed.put_record(record)
-            else:
+            elif not delivering():
                 self._put_decided(formatter, record)
         except Exception as error:
             self.gateway._report.local(error, "emit")

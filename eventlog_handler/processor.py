@@ -61,7 +61,7 @@ class EventLogProcessor:
         Raises:
             structlog.DropEvent: `passthrough` is False.
         """
-        if not delivering.get():
+        if not delivering():
             try:
                 name = getattr(logger, "name", None)
                 fields = structlog_fields(event_dict, method_name, name)

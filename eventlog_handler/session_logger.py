@@ -227,7 +227,8 @@ class EventSessionLogger:
         written = None if encoded is None else self._write_one(encoded)
         now = time.perf_counter()
         self._calls, self._overhead = self._calls + 1, self._overhead + now - begun
-        self._overhead_max = max(self._overhead_max, now - begun)
+        if now - begun > self._overhead_max:
+            self._overhead_max = now - begun
         self._direct += now - snapped
         callback = self._callback
         taken = callback is not None and await self._call_back(callback, event, written)

@@ -23,8 +23,11 @@ LineFormatter = Callable[[EventFields], "str | bytes"]
 """Turns one line's object (`timestamp`, `id`, `seq`, `event`) into the text of a custom file."""
 
 
-EventHead = tuple[str | None, str, str, float]
-"""All of an `EncodedEvent` but its body. A plain tuple, as one of a class is dearer for callers."""
+EventHead = tuple[str | None, str, int, float]
+"""Session, type, number within the process, and Unix time of an event that has no id yet.
+
+A plain tuple, as one of a class is dearer for callers.
+"""
 
 
 class EncodedEvent(NamedTuple):

@@ -317,14 +317,14 @@ def test_transports_run_as_our_own_doing(make_delivery: Callable[..., Writer]) -
 
     class Looking(RecordingTransport):
         async def send(self, line: Any, metadata: dict[str, Any] | None = None) -> bool:
-            seen.append(delivering.get())
+            seen.append(delivering())
             return True
 
     delivery = make_delivery(Looking())
     delivery.write(0)
     close(delivery)
     assert seen == [True]
-    assert delivering.get() is False
+    assert delivering() is False
 
 
 def test_a_new_transport_joins_a_running_thread(make_delivery: Callable[..., Writer]) -> None:
@@ -866,7 +866,7 @@ def test_threads_that_a_driver_borrows_are_ours_too(make_delivery: Callable[...,
     class Lending(RecordingTransport):
         async def send(self, line: Any, metadata: dict[str, Any] | None = None) -> bool:
             loop = asyncio.get_running_loop()
-            seen.append(await loop.run_in_executor(None, delivering.get))
+            seen.append(await loop.run_in_executor(None, delivering))
             return True
 
     delivery = make_delivery(Lending())

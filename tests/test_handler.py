@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import logging
 import logging.config
@@ -69,6 +70,25 @@ def test_a_line_has_time_id_and_number(make_handler: Make, logger: logging.Logge
     assert first["timestamp"].endswith("+00:00")
     assert (first["seq"], second["seq"]) == (1, 2)
     assert first["id"] != second["id"]
+
+
+@pytest.mark.parametrize("formatter", [None, OrjsonFormatter("%(message)s")])
+def test_what_is_logged_during_a_delivery_is_left_out(
+    make_handler: Make, formatter: logging.Formatter | None
+) -> None:
+    """A driver's records make no events, also inside a session that a transport has bound."""
+    handler = make_handler()
+    handler.setFormatter(formatter)
+
+    def deliver() -> None:
+        _context.deliver()
+        handler.handle(logging.makeLogRecord({"msg": "sending", **S1}))
+        with session_context("s1"):
+            handler.handle(logging.makeLogRecord({"msg": "still sending", **S1}))
+
+    contextvars.copy_context().run(deliver)
+    handler.handle(logging.makeLogRecord({"msg": "said", **S1}))
+    assert [each["message"] for each in written(handler)] == ["said"]
 
 
 def test_the_event_is_a_snapshot(make_handler: Make, logger: logging.Logger) -> None:

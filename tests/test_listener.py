@@ -24,6 +24,8 @@ from eventlog_handler import (
 )
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._listener import RELEASE
+from eventlog_handler._payload import head_of, pack_body
+from eventlog_handler._stamp import new_id
 from eventlog_handler.testing import RecordingTransport, capture_events
 from eventlog_handler.typing import EncodedEvent
 from tests.conftest import events_of, lines_of
@@ -561,11 +563,11 @@ def test_a_batch_has_a_limit() -> None:
 
 def hand_off(handoff: MemoryHandoff, event: EncodedEvent, sync: bool = False) -> bool:
     """Hand an event off."""
-    return handoff.put(event[:4], event.body, sync)
+    return handoff.put(head_of(event), pack_body(head_of(event), event.body), sync)
 
 
 def _event() -> EncodedEvent:
-    return EncodedEvent("s1", "log", "id", 1.5, b"{}")
+    return EncodedEvent("s1", "log", new_id(), 1.5, b"{}")
 
 
 def test_the_pause_between_retries_is_short() -> None:

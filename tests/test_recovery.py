@@ -21,9 +21,10 @@ from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._handoff import MemoryHandoff
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._paths import SessionPaths
+from eventlog_handler._payload import head_of, pack_body
 from eventlog_handler._recovery import TAIL_RATIO, recover, repair_tails, written_ids
 from eventlog_handler._report import Report
-from eventlog_handler._ring import pack, space
+from eventlog_handler._ring import space
 from eventlog_handler.typing import EncodedEvent
 
 TAIL = 1_000_000
@@ -68,12 +69,12 @@ def event(session_id: str | None = "s1", body: bytes = b"{}") -> EncodedEvent:
 
 def packed(event: EncodedEvent) -> bytes:
     """Return an event as a ring's payload."""
-    return pack(event[:4], event.body)
+    return pack_body(head_of(event), event.body)
 
 
 def hand_off(handoff: MemoryHandoff, event: EncodedEvent, sync: bool = False) -> bool:
     """Hand an event off."""
-    return handoff.put(event[:4], event.body, sync)
+    return handoff.put(head_of(event), packed(event), sync)
 
 
 def put(base: Path, events: list[EncodedEvent], unknown: str = "") -> None:
@@ -367,13 +368,14 @@ import os, signal, sys
 from pathlib import Path
 from eventlog_handler import _stamp
 from eventlog_handler._journal import JournalHandoff, journal_directory
+from eventlog_handler._payload import head_of, pack_body
 from eventlog_handler.typing import EncodedEvent
 
 base = Path(sys.argv[1])
 handoff = JournalHandoff(journal_directory(base, 0o700), 1000, 65536, False)
 for number in range(5):
     event = EncodedEvent("s1", "log", _stamp.new_id(), 1.5, b"{}")
-    assert handoff.put(event[:4], event.body)
+    assert handoff.put(head_of(event), pack_body(head_of(event), event.body))
     print(event.id, flush=True)
 (base / "s1").mkdir()
 (base / "s1" / "log.jsonl").write_bytes(event.line(1) + b"\\n" + event.line(2)[:-4])

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventlog_handler._encode import encode
+from eventlog_handler._payload import event_of
 from eventlog_handler._snapshot import (
     as_record,
     event_fields,
@@ -173,9 +174,9 @@ def test_usual_event_is_that_of_the_record(words: tuple[str, Any], extras: dict[
     if found is not None:
         fields = record_fields(given_record)
         assert list(fields)[:5] == ["type", "session_id", "level", "logger", "message"]
-        (session_id, kind, _, seconds), body = found
-        assert (session_id, kind, seconds) == ("s1", fields["type"], given_record.created)
-        assert body == encode(fields)
+        event = event_of(*found)
+        assert (event.session_id, event.type) == ("s1", fields["type"])
+        assert (event.seconds, event.body) == (given_record.created, encode(fields))
 
 
 def test_most_records_are_usual() -> None:
@@ -183,7 +184,7 @@ def test_most_records_are_usual() -> None:
     given_record = record("hello %s", "you", session_id="s1", event_type="step", n=1)
     found = usual_event(given_record, "session_id")
     assert found is not None
-    assert found[1] == encode(record_fields(given_record))
+    assert event_of(*found).body == encode(record_fields(given_record))
 
 
 def test_a_value_that_json_has_no_word_for_is_usual() -> None:
@@ -191,7 +192,7 @@ def test_a_value_that_json_has_no_word_for_is_usual() -> None:
     given_record = record("hello", session_id="s1", tags={2})
     found = usual_event(given_record, "session_id")
     assert found is not None
-    assert orjson.loads(found[1])["tags"] == [2]
+    assert orjson.loads(event_of(*found).body)["tags"] == [2]
 
 
 def test_record_that_was_formatted_before_is_usual() -> None:
@@ -200,7 +201,7 @@ def test_record_that_was_formatted_before_is_usual() -> None:
     logging.Formatter("%(asctime)s %(message)s").format(given_record)
     found = usual_event(given_record, "session_id")
     assert found is not None
-    assert found[1] == encode(record_fields(given_record))
+    assert event_of(*found).body == encode(record_fields(given_record))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,12 @@ def test_record_whose_attributes_are_out_of_order_is_not_usual() -> None:
     odd.name = name
     assert usual_event(odd, "session_id") is None
     assert record_fields(odd)["n"] == 1
+
+
+def test_record_that_says_another_session_is_not_usual() -> None:
+    """An extra `session_id` beside the field that tells the session is kept as it is."""
+    odd = record(session_id="a", conversation="b")
+    assert usual_event(odd, "conversation") is None
 
 
 def test_record_of_a_class_of_its_own_is_not_usual() -> None:

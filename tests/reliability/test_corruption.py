@@ -12,9 +12,10 @@ import pytest
 
 from eventlog_handler import _ring
 from eventlog_handler._journal import JournalHandoff, journal_directory
+from eventlog_handler._payload import head_of, pack_body, unpack
 from eventlog_handler._recovery import recover
 from eventlog_handler._report import Report
-from eventlog_handler._ring import HEADER_BYTES, Ring, pack, read_ring, space
+from eventlog_handler._ring import HEADER_BYTES, Damage, Ring, read_ring, space
 from eventlog_handler._stamp import process_id
 from eventlog_handler.typing import EncodedEvent
 
@@ -25,12 +26,18 @@ COUNT = 20
 
 def event(number: int, process: str = "p") -> EncodedEvent:
     """Return a small event of a process."""
-    return EncodedEvent("s", "log", f"{process}-{number:x}", NOW, b'{"n":%d}' % number)
+    return EncodedEvent("s", "log", f"{process}-{number}", NOW, b'{"n":%d}' % number)
 
 
 def packed(event: EncodedEvent) -> bytes:
     """Return an event as a ring's payload."""
-    return pack(event[:4], event.body)
+    return pack_body(head_of(event), event.body)
+
+
+def read(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
+    """Return a ring's events, all of one process that is called `p`, and what is damaged."""
+    payloads, damage = read_ring(content)
+    return [unpack(payload, "p") for payload in payloads], damage
 
 
 def filled(laps: int) -> Ring:
@@ -40,7 +47,7 @@ def filled(laps: int) -> Ring:
     for number in range(laps * COUNT + 7 * bool(laps)):
         region = ring.append(packed(event(2000 + number)))
         assert region is not None
-        ring.done(*region)
+        ring.done(*region[0])
     for number in range(COUNT):
         assert ring.append(packed(event(1000 + number))) is not None
     return ring
@@ -58,14 +65,14 @@ def changes(content: bytes) -> Iterator[tuple[int, bytes]]:
 def check_flips(laps: int) -> Counter[str]:
     """Flip every bit; return how many cases there were, and what they cost."""
     content = bytes(filled(laps).buffer)
-    whole, damage = read_ring(content)
+    whole, damage = read(content)
     assert len(whole) == COUNT
     assert damage == []
     size = (len(content) - HEADER_BYTES) // COUNT
     first = 7 if laps else 0
     told: Counter[str] = Counter()
     for at, changed in changes(content):
-        events, damage = read_ring(changed)
+        events, damage = read(changed)
         lost = [each for each in whole if each not in events]
         told["cases"] += 1
         told["events lost"] += len(lost)
@@ -74,7 +81,7 @@ def check_flips(laps: int) -> Counter[str]:
         kept = [each for each in events if each in whole]
         assert kept == [each for each in whole if each not in lost], at
         released = [each for each in events if each not in whole]
-        assert all(each == event(int(each.id[2:], 16)) for each in released), at
+        assert all(each == event(int(each.id[2:])) for each in released), at
         if at < HEADER_BYTES:
             assert lost == [], at
         else:
@@ -96,11 +103,11 @@ def test_a_flipped_bit_costs_one_event_at_most(laps: int) -> None:
 def check_ring_cuts() -> Counter[str]:
     """Cut the ring's file at every byte; return how many cases there were, and what they cost."""
     content = bytes(filled(0).buffer)
-    whole, _ = read_ring(content)
+    whole, _ = read(content)
     size = (len(content) - HEADER_BYTES) // COUNT
     told: Counter[str] = Counter()
     for length in range(len(content)):
-        events, damage = read_ring(content[:length])
+        events, damage = read(content[:length])
         told["cases"] += 1
         told["events lost"] += COUNT - len(events)
         left = max(0, length - HEADER_BYTES)
@@ -198,7 +205,7 @@ def test_a_damaged_ring_is_counted_and_kept_aside(tmp_path: Path) -> None:
         written.extend(each.id for each in events)
 
     assert recover(tmp_path, lambda _: tmp_path / "s", write, report) == COUNT - 1
-    assert written == [event(1000 + n).id for n in range(1, COUNT)]
+    assert written == [event(1000 + n, "dead").id for n in range(1, COUNT)]
     assert report.dropped == {"damaged": 1}
     kept = [path.read_bytes() for path in (own / "damaged").iterdir()]
     assert kept == [bytes(torn[HEADER_BYTES : HEADER_BYTES + size])]
@@ -273,7 +280,7 @@ def check_kills_between_stores() -> int:
             for number in range(used):
                 region = ring.append(packed(event(number)))
                 assert region is not None
-                ring.done(*region)
+                ring.done(*region[0])
             fused = Fused(ring.buffer, stores)
             ring.buffer = fused  # type: ignore[assignment]
             acknowledged = []
@@ -283,7 +290,7 @@ def check_kills_between_stores() -> int:
                     acknowledged.append(event(number))
             except Killed:
                 pass
-            events, damage = read_ring(bytes(fused.content))
+            events, damage = read(bytes(fused.content))
             assert damage == []
             assert events[: len(acknowledged)] == acknowledged
             assert events in (
@@ -333,7 +340,7 @@ def test_a_dead_ring_of_this_process_is_read_like_any_other(tmp_path: Path) -> N
     """The rings of these tests are made as the journal makes them: its own file reads the same."""
     handoff = JournalHandoff(journal_directory(tmp_path, 0o700), 100, 4096, False)
     each = event(1, process_id())
-    assert handoff.put(each[:4], each.body)
+    assert handoff.put(head_of(each), packed(each))
     handoff.abandon()
-    found = [read_ring(path.read_bytes())[0] for path in (tmp_path / ".eventlog").glob("*.ring")]
+    found = [read(path.read_bytes())[0] for path in (tmp_path / ".eventlog").glob("*.ring")]
     assert sorted(map(len, found)) == [0, 1]

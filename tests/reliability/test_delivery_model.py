@@ -156,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         self.base = Path(tempfile.mkdtemp(prefix="model", dir=shm if shm.is_dir() else None))
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(_stamp, "_prefix", f"{0:020x}")
-        self.patch.setattr(_stamp, "_numbers", itertools.count(1))
+        self.patch.setattr(_stamp, "NUMBERS", itertools.count(1))
         self.patch.setattr(_outbox, "RETRY_SECONDS", 0.0)
         self.patch.setattr(_outbox, "CHUNK_ROWS", 3)
         self.patch.setattr(_sender, "CHUNK_ROWS", 3)

@@ -28,6 +28,7 @@ from eventlog_handler import _journal, _recovery, _ring, _stamp
 from eventlog_handler._files import Layout, SessionFiles
 from eventlog_handler._journal import JournalHandoff, journal_directory
 from eventlog_handler._paths import SessionPaths
+from eventlog_handler._payload import head_of, pack_body
 from eventlog_handler._report import Report
 from eventlog_handler.typing import EncodedEvent
 
@@ -143,7 +144,7 @@ class Machine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         # The same ids in every run of an example: hypothesis repeats what failed.
         self.patch.setattr(_stamp, "_prefix", f"{0:020x}")
-        self.patch.setattr(_stamp, "_numbers", itertools.count(1))
+        self.patch.setattr(_stamp, "NUMBERS", itertools.count(1))
         self.patch.setattr(_journal, "NESTED_BYTES", PAGE)
         self.disk = Disk(self.base, self.patch)
         self.known: dict[str, EncodedEvent] = {}
@@ -193,7 +194,7 @@ class Machine(RuleBasedStateMachine):
         """Hand an event off."""
         each = EncodedEvent(session, "log", _stamp.new_id(), NOW, b'{"x":"%b"}' % (b"x" * size))
         self.known[each.id] = each
-        if self.handoff.put(each[:4], each.body, sync):
+        if self.handoff.put(head_of(each), pack_body(head_of(each), each.body), sync):
             told["acknowledged"] += 1
             self.acknowledged.add(each.id)
             if sync:

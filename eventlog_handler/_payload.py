@@ -1,0 +1,90 @@
+"""An event on its way to the listener: bytes that are made in one step on its caller's thread.
+
+They are the JSON array `[number, seconds, fields]`. Where the fields do not say the same of session
+and type as the head, it is the array `[session, type, number, seconds]`, a line feed, the fields.
+The text of the fields is the event's body.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from eventlog_handler._encode import encode
+from eventlog_handler._stamp import process_id
+from eventlog_handler.typing import EncodedEvent, EventHead
+
+_DIGITS = b"0123456789"
+"""The second byte of an array that begins with a number."""
+
+
+def pack(head: EventHead, fields: Mapping[str, Any]) -> bytes:
+    """Return an event as a payload. Never raises an `Exception`.
+
+    Who keeps it copies it: orjson's bytes keep the buffer that they were made in, 4 kB or more.
+
+    Args:
+        head: All of the event but its fields.
+        fields: Its fields.
+    """
+    session_id, kind, number, seconds = head
+    own = fields.get("session_id")
+    if type(own) is type(session_id) and own == session_id and fields.get("type") is kind:
+        try:
+            # Without an option for keys that are no text: it costs as much as all the rest.
+            return orjson.dumps((number, seconds, fields), None, orjson.OPT_PASSTHROUGH_DATACLASS)
+        except TypeError:
+            pass
+    return pack_body(head, encode(fields))
+
+
+def pack_body(head: EventHead, body: bytes) -> bytes:
+    """Return an event as a payload, where its fields are encoded already."""
+    try:
+        return orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
+    except TypeError:
+        # Lone surrogates, which UTF-8 has not, are escaped by the slower one.
+        return b"%b\n%b" % (json.dumps(head).encode(), body)
+
+
+def event_of(head: EventHead, payload: bytes, skip: int = 0, process: str = "") -> EncodedEvent:
+    """Return the event of a payload.
+
+    Args:
+        head: The one that it was packed with.
+        payload: As `pack` has made it, perhaps behind something else.
+        skip: How many bytes that takes.
+        process: What the event's id begins with; this process's unless given.
+    """
+    session_id, kind, number, seconds = head
+    if payload[skip + 1] in _DIGITS:
+        # Numbers have no brace.
+        body = payload[payload.index(b"{", skip) : -1]
+    else:
+        body = payload[payload.index(b"\n", skip) + 1 :]
+    unique = f"{process or process_id()}-{number}"
+    # Without the call in Python that the constructor of a named tuple is.
+    return tuple.__new__(EncodedEvent, (session_id, kind, unique, seconds, body))
+
+
+def unpack(payload: bytes, process: str) -> EncodedEvent:
+    """Return the event of a payload of which nothing else is known.
+
+    Args:
+        payload: As `pack` has made it.
+        process: What the event's id begins with.
+    """
+    if payload[1] in _DIGITS:
+        number, seconds, fields = json.loads(payload)
+        head = fields.get("session_id"), fields["type"], number, seconds
+    else:
+        head = tuple(json.loads(payload.partition(b"\n")[0]))
+    return event_of(head, payload, process=process)
+
+
+def head_of(event: EncodedEvent) -> EventHead:
+    """Return the head of an event of this process."""
+    return event.session_id, event.type, int(event.id.rpartition("-")[2]), event.seconds
