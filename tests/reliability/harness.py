@@ -148,6 +148,8 @@ class FarSide:
         self._loses = loses
         self._down = down
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # A kill may cut a write between two pages: what is not whole has not arrived.
+        os.ftruncate(self._fd, path.read_bytes().rfind(b"\n") + 1)
 
     def arrive(self, data: bytes) -> None:
         """Have it there; perhaps nobody hears of it."""

@@ -60,13 +60,21 @@ class Arrived:
 def wait_until_all_is_sent(base: Path) -> None:
     """Wait until no file has more than the database says is acknowledged."""
     deadline = time.monotonic() + HANG_SECONDS
+    uri = f"file:{base}/.eventlog/delivery.sqlite3?mode=ro"
+    rows: list[tuple[str, int]] | None = None
     while time.monotonic() < deadline:
-        with contextlib.closing(sqlite3.connect(base / ".eventlog/delivery.sqlite3")) as database:
+        # The first process may have been killed before it made the table.
+        with (
+            contextlib.suppress(sqlite3.OperationalError),
+            contextlib.closing(sqlite3.connect(uri, uri=True)) as database,
+        ):
             rows = database.execute("SELECT path, position FROM acked").fetchall()
-        if all((base / path).stat().st_size == position for path, position in rows):
+        if rows is not None and all(
+            (base / path).stat().st_size == position for path, position in rows
+        ):
             return
         time.sleep(0.02)
-    left = [(row, (base / row[0]).stat().st_size) for row in rows]
+    left = [(row, (base / row[0]).stat().st_size) for row in rows or ()]
     raise AssertionError(f"it is never all sent: {left}")
 
 
