@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import load
+from instructions import instructions
 from steps import steps
 from subjects import BESIDE, BURSTS, CALLERS, CHAINS, SUBJECTS, Table, alternate, child
 
@@ -231,6 +232,7 @@ SECTIONS: dict[str, Callable[[int], Table]] = {
     for each in (
         caller,
         steps,
+        instructions,
         whole,
         computing,
         chains,

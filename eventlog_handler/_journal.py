@@ -187,16 +187,18 @@ class JournalHandoff(MemoryHandoff):
                             ring = self._other_ring(payload, depth)
                         except OSError:
                             # Lost with its process then, as with `memory`; not before.
-                            self._queue.put((head, None, (None, b"%b" % payload, 0), sync))
+                            self._queue.put((head, None, 0, 0, b"%b" % payload, 0, sync))
                             raise
                     place = ring.ring.append(payload)
                     if place is None:
                         return False
-                    self._queue.put((head, ring, place, sync))
+                    begin, end, kept, skip = place
+                    # Flat, as each tuple inside would be one more for the garbage collector.
+                    self._queue.put((head, ring, begin, end, kept, skip, sync))
                 finally:
                     self._depth = depth
             if sync:
-                ring.sync(place[0][1])
+                ring.sync(end)
         except OSError as error:
             # It is handed off, and not on the disk: its file will be synced, or tried until it is.
             self._failed(error)
@@ -226,11 +228,11 @@ class JournalHandoff(MemoryHandoff):
         """Wait for events; return up to `limit` of them, and the marker that ended the batch."""
         entries, marker = self._take_entries(limit, timeout_seconds)
         events = []
-        for head, ring, (region, kept, skip), sync in entries:
+        for head, ring, begin, end, kept, skip, sync in entries:
             event = event_of(head, kept, skip)
             events.append(event)
             if ring is not None:
-                self._entries[event.id] = ring, region
+                self._entries[event.id] = ring, (begin, end)
             if sync:
                 self._must_sync.add(event.id)
         return events, marker

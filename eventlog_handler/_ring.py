@@ -93,7 +93,7 @@ class Ring:
         for _ in _TAILS:
             self._advance(0)
 
-    def append(self, payload: bytes) -> tuple[tuple[int, int], bytes, int] | None:
+    def append(self, payload: bytes) -> tuple[int, int, bytes, int] | None:
         """Write a record; return its place, or None where there is no room.
 
         It counts once its checksum fits what stands behind it, in whatever order the bytes arrive.
@@ -122,7 +122,7 @@ class Ring:
             kept, skip = payload, 0
             self.buffer[at + 16 : at + 16 + length] = kept
         self._head[0] = self.head = end = position + size
-        return (begin, end), kept, skip
+        return begin, end, kept, skip
 
     def _make_room(self, size: int) -> int | None:
         """Return where a record of `size` bytes can begin, or None where there is no room."""

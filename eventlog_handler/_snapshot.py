@@ -23,9 +23,7 @@ ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 _NAMES = tuple(logging.makeLogRecord({}).__dict__)
 _BEFORE_LAST, _LAST = len(_NAMES) - 1, _NAMES[-1]
-_IN_ORDER = frozenset(_NAMES)
-_STANDARD = _IN_ORDER | {
-    # Set later by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`.
+_LATER = {
     "message",
     "asctime",
     "taskName",
@@ -33,7 +31,9 @@ _STANDARD = _IN_ORDER | {
     "_name",
     "_record",
     "_from_structlog",
-}
+}.difference(_NAMES)
+"""Set by formatters, by newer interpreters, and by structlog's `wrap_for_formatter`."""
+_STANDARD = _LATER.union(_NAMES)
 _TAKEN = _STANDARD | {"event_type", "type", "level", "logger"}
 """Names of extras that decide something, or that an event has already."""
 
@@ -99,7 +99,8 @@ def usual_event(record: logging.LogRecord, field: str) -> tuple[EventHead, bytes
     bound_id, bound, ours = current.get()
     held = record.__dict__
     text, args, kind, seconds = held["msg"], held["args"], "log", held["created"]
-    # The standard ones come first, in the order in which a record is made.
+    # The standard ones come first, in the order in which a record is made. If one of them does not,
+    # it is not in its place, or found behind the last.
     names = itertools.islice(held, _BEFORE_LAST, None)
     if (
         bound
@@ -112,9 +113,10 @@ def usual_event(record: logging.LogRecord, field: str) -> tuple[EventHead, bytes
         or held["stack_info"]
     ):
         return None
+    session_id = held.get(field, bound_id)
     fields: EventFields = {
         "type": kind,
-        "session_id": None,
+        "session_id": session_id,
         "level": held["levelname"],
         "logger": held["name"],
         "message": text % args if args else text,
@@ -122,22 +124,16 @@ def usual_event(record: logging.LogRecord, field: str) -> tuple[EventHead, bytes
     for name in names:
         if name not in _TAKEN:
             fields[name] = held[name]
-        elif name == "event_type":
+        elif name == "event_type" and type(held[name]) is str:
             fields["type"] = kind = held[name] or kind
-        elif name in _IN_ORDER or name not in _STANDARD:
+        elif name not in _LATER:
             return None
-    session_id = held.get(field, bound_id)
     if (
         type(session_id) is not str
-        or type(kind) is not str
+        or fields["session_id"] is not session_id
         or type(seconds) is not float
         or not 0 <= seconds < LAST_SECOND
     ):
-        return None
-    own = fields["session_id"]
-    if own is None:
-        fields["session_id"] = session_id
-    elif own is not session_id:
         return None
     number = next(NUMBERS)
     head = session_id, kind, number, seconds

@@ -477,20 +477,20 @@ def test_concurrent_calls_share_a_wait(own: Path) -> None:
     for _ in range(9):
         place = ring.ring.append(packed(event()))
         assert place is not None
-        ends.append(place[0][1])
+        ends.append(place[1])
     head = ring.ring.head
     first = threading.Thread(target=ring.sync, args=(ends[0],))
     first.start()
     assert entered.wait(30)
     late = ring.ring.append(packed(event()))
     assert late is not None
-    others = [threading.Thread(target=ring.sync, args=(end,)) for end in (*ends[1:], late[0][1])]
+    others = [threading.Thread(target=ring.sync, args=(end,)) for end in (*ends[1:], late[1])]
     for thread in others:
         thread.start()
     gate.set()
     for thread in (first, *others):
         thread.join(30)
-    assert flushes == [head, late[0][1]]
+    assert flushes == [head, late[1]]
     ring._map = mapped
     ring.close(keep=False)
 
@@ -548,7 +548,7 @@ def test_a_large_synced_event_may_be_written_while_its_caller_waits(own: Path) -
     place = ring.ring.append(packed(event()))
     assert place is not None
     ring.close(keep=False)
-    ring.sync(place[0][1])
+    ring.sync(place[1])
 
 
 def test_large_synced_events_are_accepted_beside_a_listener(make_handoff: MakeHandoff) -> None:

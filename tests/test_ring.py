@@ -41,7 +41,7 @@ def read(content: bytes) -> tuple[list[EncodedEvent], list[Damage]]:
 def append(ring: Ring, payload: bytes) -> tuple[int, int] | None:
     """Append a payload; return where its record begins and ends."""
     place = ring.append(payload)
-    return None if place is None else place[0]
+    return None if place is None else place[:2]
 
 
 def new_ring(capacity: int = 1024) -> Ring:
@@ -90,7 +90,7 @@ def test_append_returns_what_is_to_be_kept(length: int) -> None:
     """The payload is there behind the bytes that are told, and nothing is behind it."""
     place = new_ring(65536).append(b"x" * length)
     assert place is not None
-    _, kept, skip = place
+    _, _, kept, skip = place
     assert kept[skip:] == b"x" * length
 
 

@@ -47,7 +47,7 @@ def filled(laps: int) -> Ring:
     for number in range(laps * COUNT + 7 * bool(laps)):
         region = ring.append(packed(event(2000 + number)))
         assert region is not None
-        ring.done(*region[0])
+        ring.done(*region[:2])
     for number in range(COUNT):
         assert ring.append(packed(event(1000 + number))) is not None
     return ring
@@ -280,7 +280,7 @@ def check_kills_between_stores() -> int:
             for number in range(used):
                 region = ring.append(packed(event(number)))
                 assert region is not None
-                ring.done(*region[0])
+                ring.done(*region[:2])
             fused = Fused(ring.buffer, stores)
             ring.buffer = fused  # type: ignore[assignment]
             acknowledged = []

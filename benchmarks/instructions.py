@@ -1,0 +1,72 @@
+"""The section that counts instructions: what a call costs, whatever else the machine is doing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from steps import AT_ONCE, PAIR
+from subjects import HEAD, RECORD, SUBJECTS, Table, child
+
+FEW, MANY = 10, 110
+"""Bursts of 50 calls: what the second costs more than the first is the calls' alone."""
+CALLS = """
+for burst in range(BURSTS):
+    for number in range(50): call(number)
+    time.sleep(0.03)
+os._exit(0)
+"""
+COUNTED = ["floor (NullHandler)", PAIR, "ours, memory", "ours, process", "FileHandler"]
+
+
+def counted(code: str, bursts: int) -> tuple[int, int]:
+    """Return how many instructions the main thread took, and how many all others."""
+    with tempfile.TemporaryDirectory() as folder:
+        tool = ["valgrind", "--tool=callgrind", "--separate-threads=yes"]
+        tool.append(f"--callgrind-out-file={folder}/threads")
+        command = [*tool, sys.executable, "-c", HEAD + code + CALLS.replace("BURSTS", str(bursts))]
+        kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        kept["PYTHONHASHSEED"] = "1"
+        subprocess.run([*command, folder], capture_output=True, check=True, env=kept)
+        threads = sorted(Path(folder).glob("threads-*"))
+        totals = [re.findall(r"(?m)^totals: (\d+)", path.read_text())[-1] for path in threads]
+    return int(totals[0]), sum(map(int, totals[1:]))
+
+
+def each_call(code: str) -> tuple[float, float]:
+    """Return the instructions of a call: its own thread's, and those of all others."""
+    # Byte code is made before anything is counted.
+    child(code + "\ncall(1); print('{}'); os._exit(0)")
+    few, many = counted(code, FEW), counted(code, MANY)
+    calls = (MANY - FEW) * 50
+    return (many[0] - few[0]) / calls, (many[1] - few[1]) / calls
+
+
+def instructions(rounds: int) -> Table:
+    """Instructions of a call over the floor, by valgrind: bursts of 50 calls, with pauses.
+
+    System calls are not in them. They are the same from run to run within 2 %, on a busy machine
+    too; the times of the other sections are not.
+    """
+    header = ["", "a call, of its caller", f"of {PAIR}", "of all threads", f"of {PAIR}"]
+    if shutil.which("valgrind") is None:
+        return header, [["valgrind is not installed", *[""] * 4]]
+    codes = {name: SUBJECTS[name] for name in COUNTED}
+    codes["ours, all of a call in one function"] = RECORD + AT_ONCE
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(codes, pool.map(each_call, codes.values()), strict=True))
+    floor = found.pop("floor (NullHandler)")[0]
+    over = {name: (own - floor, own - floor + others) for name, (own, others) in found.items()}
+    rows = []
+    for name, (own, whole) in over.items():
+        row = [name, f"{own:,.0f}", f"{own / over[PAIR][0]:.2f}"]
+        if name in SUBJECTS:
+            row += [f"{whole:,.0f}", f"{whole / over[PAIR][1]:.2f}"]
+        rows.append([*row, *[""] * (len(header) - len(row))])
+    return header, rows
