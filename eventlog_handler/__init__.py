@@ -31,7 +31,7 @@ Where to look, from the top; a module imports only from below it:
   listener's, in memory or crash-safe. `_ring.py`: the journal's format.
 - `_recovery.py`: what dead processes left.
 - `_snapshot.py`: what was logged → an event's fields. `_encode.py`: any value → JSON.
-  `_stamp.py`: ids and times.
+  `_payload.py`: an event on its way to the listener. `_stamp.py`: ids and times.
 - `_paths.py`: ids and patterns → names. `_config.py`: every option. `redact.py`: processors.
 - `_context.py`, `_breaker.py`, `_lifecycle.py`, `_report.py`: session_context · breaker · exit and
   fork · how failures are told.
