@@ -243,6 +243,24 @@ def test_without_room_for_a_large_event_none_of_its_file_stays(
     assert set(own.iterdir()) == before
 
 
+def test_a_failure_is_told_while_others_may_hand_off(
+    make_handoff: MakeHandoff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who hears of it may wait for a thread that logs: no lock is held meanwhile."""
+    ended: list[bool] = []
+
+    def wait_for_another(_: OSError) -> None:
+        other = threading.Thread(target=hand_off, args=(handoff, event()), daemon=True)
+        other.start()
+        other.join(10)
+        ended.append(not other.is_alive())
+
+    handoff = make_handoff(failed=wait_for_another)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert hand_off(handoff, event(b"x" * 40000))
+    assert ended == [True]
+
+
 @pytest.mark.parametrize("durability", ["process", "disk"])
 def test_without_room_for_a_large_event_it_is_written_all_the_same(
     make_handler: Make, base: Path, monkeypatch: pytest.MonkeyPatch, durability: str
