@@ -51,8 +51,8 @@ def each_call(code: str) -> tuple[float, float]:
 def instructions(rounds: int) -> Table:
     """Instructions of a call over the floor, by valgrind: bursts of 50 calls, with pauses.
 
-    System calls are not in them. They are the same from run to run within 2 %, on a busy machine
-    too; the times of the other sections are not.
+    System calls are not in them. From run to run a caller's differ by up to 3 %, those of all
+    threads by up to 5 %, on a busy machine too; the times of the other sections differ by more.
     """
     header = ["", "a call, of its caller", f"of {PAIR}", "of all threads", f"of {PAIR}"]
     if shutil.which("valgrind") is None:

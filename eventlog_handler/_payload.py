@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from eventlog_handler._encode import encode
-from eventlog_handler._stamp import process_id
+from eventlog_handler._stamp import event_id
 from eventlog_handler.typing import EncodedEvent, EventHead
 
 _DIGITS = b"0123456789"
@@ -65,7 +65,7 @@ def event_of(head: EventHead, payload: bytes, skip: int = 0, process: str = "") 
         body = payload[payload.index(b"{", skip) : -1]
     else:
         body = payload[payload.index(b"\n", skip) + 1 :]
-    unique = f"{process or process_id()}-{number}"
+    unique = event_id(number, process)
     # Without the call in Python that the constructor of a named tuple is.
     return tuple.__new__(EncodedEvent, (session_id, kind, unique, seconds, body))
 

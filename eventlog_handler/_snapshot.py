@@ -99,8 +99,8 @@ def usual_event(record: logging.LogRecord, field: str) -> tuple[EventHead, bytes
     bound_id, bound, ours = current.get()
     held = record.__dict__
     text, args, kind, seconds = held["msg"], held["args"], "log", held["created"]
-    # The standard ones come first, in the order in which a record is made. If one of them does not,
-    # it is not in its place, or found behind the last.
+    # The standard ones come first, in the order in which a record is made. Where one does not, the
+    # last is not in its place, or the one is found behind it.
     names = itertools.islice(held, _BEFORE_LAST, None)
     if (
         bound

@@ -15,9 +15,14 @@ NUMBERS = itertools.count(1)
 """
 
 
-def event_id(number: int) -> str:
-    """Return an id that no other event ever gets: 80 random bits of this process, and a number."""
-    return f"{_prefix}-{number}"
+def event_id(number: int, process: str = "") -> str:
+    """Return an id that no other event ever gets: 80 random bits of its process, and a number.
+
+    Args:
+        number: One of `NUMBERS`.
+        process: What `process_id` returns there; this process's unless given.
+    """
+    return f"{process or _prefix}-{number}"
 
 
 def new_id() -> str:

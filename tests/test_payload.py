@@ -92,7 +92,7 @@ def test_surrogates_and_line_feeds_survive_packing() -> None:
     same(head, pack(head, told(head, {})), encode(told(head, {})))
 
 
-def test_times_of_an_event_are_text() -> None:
+def test_values_that_json_has_no_word_for_survive_packing() -> None:
     """What JSON has no word for is replaced as everywhere, in the same bytes."""
     head = ("s", "log", 7, 1.5)
     fields = told(head, {"at": datetime.datetime(2026, 11, 27), "tags": {1}})
