@@ -56,7 +56,7 @@ class Layout:
         self._format = (lambda line: render(as_record(line))) if render is not None else formatter
         self._failed = failed
 
-    def pieces(self, event: EncodedEvent, seq: int) -> tuple[bytes, bytes, bytes]:
+    def pieces(self, event: EncodedEvent, seq: int) -> tuple[bytes, bytes | memoryview, bytes]:
         """Return what stands in the file for an event, the `seq`-th of it; in pieces, unjoined."""
         if self._format is None:
             return event.head(seq), event.body, self._end
@@ -215,10 +215,10 @@ class SessionFiles:
 
     def _chunk(
         self, file: _File, events: Sequence[EncodedEvent]
-    ) -> tuple[list[bytes], int, list[int]]:
+    ) -> tuple[list[bytes | memoryview], int, list[int]]:
         """Return what is written at once, its size, and where in the file each event will end."""
         layout = self._layout
-        pieces: list[bytes] = []
+        pieces: list[bytes | memoryview] = []
         ends: list[int] = []
         size, before = 0, layout.separator if file.size else layout.opening
         for seq, event in enumerate(events, file.seq + 1):
@@ -247,7 +247,9 @@ class SessionFiles:
                 return file.size
         return None
 
-    def _write(self, session_id: str | None, file: _File, pieces: list[bytes], size: int) -> None:
+    def _write(
+        self, session_id: str | None, file: _File, pieces: list[bytes | memoryview], size: int
+    ) -> None:
         start = file.size - len(self._layout.closing)
         if start < 0:
             start = 0

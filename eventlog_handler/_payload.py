@@ -20,6 +20,9 @@ from eventlog_handler.typing import EncodedEvent, EventHead
 _DIGITS = b"0123456789"
 """The second byte of an array that begins with a number."""
 
+_UNCOPIED_BYTES = 16384
+"""From which on a body stays where its payload is; below it, the copy costs less than a view."""
+
 
 def pack(head: EventHead, fields: Mapping[str, Any]) -> bytes:
     """Return an event as a payload. Never raises an `Exception`.
@@ -41,13 +44,13 @@ def pack(head: EventHead, fields: Mapping[str, Any]) -> bytes:
     return pack_body(head, encode(fields))
 
 
-def pack_body(head: EventHead, body: bytes) -> bytes:
+def pack_body(head: EventHead, body: bytes | memoryview) -> bytes:
     """Return an event as a payload, where its fields are encoded already."""
     try:
         return orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body
     except TypeError:
         # Lone surrogates, which UTF-8 has not, are escaped by the slower one.
-        return b"%b\n%b" % (json.dumps(head).encode(), body)
+        return json.dumps(head).encode() + b"\n" + body
 
 
 def event_of(head: EventHead, payload: bytes, skip: int = 0, process: str = "") -> EncodedEvent:
@@ -60,11 +63,12 @@ def event_of(head: EventHead, payload: bytes, skip: int = 0, process: str = "") 
         process: What the event's id begins with; this process's unless given.
     """
     session_id, kind, number, seconds = head
+    whole = payload if len(payload) < _UNCOPIED_BYTES else memoryview(payload)
     if payload[skip + 1] in _DIGITS:
         # Numbers have no brace.
-        body = payload[payload.index(b"{", skip) : -1]
+        body = whole[payload.index(b"{", skip) : -1]
     else:
-        body = payload[payload.index(b"\n", skip) + 1 :]
+        body = whole[payload.index(b"\n", skip) + 1 :]
     unique = event_id(number, process)
     # Without the call in Python that the constructor of a named tuple is.
     return tuple.__new__(EncodedEvent, (session_id, kind, unique, seconds, body))
@@ -78,11 +82,19 @@ def unpack(payload: bytes, process: str) -> EncodedEvent:
         process: What the event's id begins with.
     """
     if payload[1] in _DIGITS:
-        number, seconds, fields = json.loads(payload)
+        number, seconds, fields = _decoded(payload)
         head = fields.get("session_id"), fields["type"], number, seconds
     else:
-        head = tuple(json.loads(payload.partition(b"\n")[0]))
+        head = tuple(_decoded(payload.partition(b"\n")[0]))
     return event_of(head, payload, process=process)
+
+
+def _decoded(text: bytes) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        # Lone surrogates: orjson takes none, not even escaped.
+        return json.loads(text)
 
 
 def head_of(event: EncodedEvent) -> EventHead:

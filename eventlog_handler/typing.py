@@ -40,8 +40,8 @@ class EncodedEvent(NamedTuple):
     """Unique for ever, and the same at every redelivery."""
     seconds: float
     """Unix time of the call."""
-    body: bytes
-    """The event's JSON object, UTF-8."""
+    body: bytes | memoryview
+    """The event's JSON object, UTF-8; a large one is a part of what the caller encoded."""
 
     @property
     def timestamp(self) -> str:

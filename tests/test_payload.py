@@ -108,3 +108,17 @@ def test_head_of_an_event_is_the_one_that_it_was_packed_with() -> None:
     """An event that has its id already can be packed again."""
     event = EncodedEvent("s", "log", new_id(), 1.5, b"{}")
     assert event_of(head_of(event), pack_body(head_of(event), event.body)) == event
+
+
+@pytest.mark.parametrize("told_by_fields", [True, False])
+def test_large_body_is_a_part_of_its_payload(told_by_fields: bool) -> None:
+    """A history of 100 kB is not copied again on its way to the file."""
+    head = ("s", "log", 7, 1.5)
+    fields = {"history": "x" * 100_000}
+    if told_by_fields:
+        fields = told(head, fields)
+    payload = pack(head, fields)
+    same(head, payload, encode(fields))
+    body = event_of(head, payload).body
+    assert isinstance(body, memoryview)
+    assert body.obj is payload
