@@ -21,8 +21,20 @@ from typing import Any
 
 import load
 from instructions import instructions
+from parts import parts
 from steps import steps
-from subjects import BESIDE, BURSTS, CALLERS, CHAINS, SUBJECTS, Table, alternate, child
+from subjects import (
+    BESIDE,
+    BURSTS,
+    CALLERS,
+    CHAINS,
+    GATEWAYS,
+    PAIR,
+    SUBJECTS,
+    Table,
+    alternate,
+    child,
+)
 
 # --- What is measured: the rest of a child, which prints one JSON object ---
 
@@ -76,36 +88,6 @@ rate = count / (time.perf_counter_ns() - begun) * 1e9
 print(json.dumps({"per_second": rate, "descriptors": most}))
 os._exit(0)
 """
-GATEWAYS = {
-    "the logger it replaces": """
-class Old:
-    async def __call__(self, event):
-        path = pathlib.Path(folder) / event["session_id"]; path.mkdir(exist_ok=True)
-        with open(path / "log.jsonl", "a") as file:
-            file.write(json.dumps({"timestamp": datetime.now(timezone.utc).isoformat(),
-                                   "event": event}) + "\\n")
-gateway = Old()
-""",
-    "ours": """
-from eventlog_handler import EventSessionLogger
-gateway = EventSessionLogger(folder)
-""",
-    # One file that stays open, nobody else, nothing downstream, no figures, nothing that fails.
-    "all of it in one function, without what can wait": """
-import orjson
-from eventlog_handler._stamp import new_id, timestamp
-class AtOnce:
-    def __init__(self):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self.seq, self.fd = 0, os.open(folder + "/log.jsonl", flags)
-    async def __call__(self, event):
-        body = b"%b" % orjson.dumps(dict(event)); self.seq += 1
-        head = f'{{"timestamp":"{timestamp(time.time())}","id":"{new_id()}","seq":{self.seq},'
-        os.write(self.fd, b'%b"event":%b}\\n' % (head.encode(), body))
-        return os.fstat(self.fd).st_nlink > 0
-gateway = AtOnce()
-""",
-}
 GATEWAY = """
 async def main():
     event = {"type": "step", "session_id": "chat-42", "user": "ada", "model": "m1", "ok": True}
@@ -144,7 +126,7 @@ print(json.dumps({"ms": (time.perf_counter_ns() - begun) / 1e6}))
 def caller(rounds: int) -> Table:
     """What a call costs its caller over the floor: bursts of 50 calls, with pauses."""
     found = alternate({name: SUBJECTS[name] + BURSTS for name in CALLERS}, rounds)
-    return _over_the_floor(found, "floor (NullHandler)", "QueueHandler + QueueListener")
+    return _over_the_floor(found, "floor (NullHandler)", PAIR)
 
 
 def chains(rounds: int) -> Table:
@@ -157,7 +139,7 @@ def whole(rounds: int) -> Table:
     """CPU time of the whole process, until all lines are in the file, over the floor."""
     names = [name for name in CALLERS if name not in ("ours, disk", "python-logstash-async")]
     found = alternate({name: SUBJECTS[name] + WHOLE for name in names}, rounds)
-    head, rows = _over_the_floor(found, "floor (NullHandler)", "QueueHandler + QueueListener")
+    head, rows = _over_the_floor(found, "floor (NullHandler)", PAIR)
     more = [[f"{each['bytes']:.0f}", f"{each['MiB']:.0f}"] for each in found.values()]
     wider = [[*row, *added] for row, added in zip(rows, more, strict=True)]
     return [*head, "bytes a line", "peak memory, MiB"], wider
@@ -233,6 +215,7 @@ SECTIONS: dict[str, Callable[[int], Table]] = {
         caller,
         steps,
         instructions,
+        parts,
         whole,
         computing,
         chains,

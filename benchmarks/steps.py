@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from subjects import BURSTS, RECORD, SUBJECTS, Table, alternate
+from subjects import BURSTS, ONE_FUNCTION, PAIR, RECORD, SUBJECTS, Table, alternate
 
 # A handler that goes so far and no farther. The ring is small and begins anew when it is full, so
 # that its pages are as warm as those of one that a listener empties.
@@ -55,7 +55,6 @@ def listen():
 once = AtOnce(); log.addHandler(once)
 threading.Thread(target=listen, daemon=True).start()
 """
-PAIR = "QueueHandler + QueueListener"
 
 
 def steps(rounds: int) -> Table:
@@ -63,14 +62,14 @@ def steps(rounds: int) -> Table:
     codes = {"floor": SUBJECTS["floor (NullHandler)"], PAIR: SUBJECTS[PAIR]}
     codes |= {name: RECORD + CUT.replace("STEP", step) for name, step in STEPS.items()}
     codes[REST] = SUBJECTS["ours, process"]
-    codes["all of it in one function, without what can wait"] = RECORD + AT_ONCE
+    codes[ONE_FUNCTION] = RECORD + AT_ONCE
     found = alternate({name: code + BURSTS for name, code in codes.items()}, rounds)
     floor = before = found.pop("floor")["ns"]
     pair = found.pop(PAIR)["ns"] - floor
     rows = []
     for name, each in found.items():
         spent = each["ns"]
-        step = "" if name.startswith("all") else f"{(spent - before) / 1000:.1f}"
+        step = "" if name == ONE_FUNCTION else f"{(spent - before) / 1000:.1f}"
         so_far = spent - floor
         rows.append([name, step, f"{so_far / 1000:.1f}", f"{so_far / pair:.2f}"])
         before = spent
