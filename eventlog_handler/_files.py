@@ -16,7 +16,7 @@ import orjson
 
 from eventlog_handler._paths import SessionPaths
 from eventlog_handler._snapshot import as_record
-from eventlog_handler.typing import EncodedEvent, LineFormatter, Registrar, Written
+from eventlog_handler.typing import Bytes, EncodedEvent, LineFormatter, Registrar, Written
 
 LARGEST_WRITE = 256 * 1024
 """Bytes in one `write`; a process killed in mid-write tore lines of 8 MB, never of 1 MB."""
@@ -56,7 +56,7 @@ class Layout:
         self._format = (lambda line: render(as_record(line))) if render is not None else formatter
         self._failed = failed
 
-    def pieces(self, event: EncodedEvent, seq: int) -> tuple[bytes, bytes | memoryview, bytes]:
+    def pieces(self, event: EncodedEvent, seq: int) -> tuple[bytes, Bytes, bytes]:
         """Return what stands in the file for an event, the `seq`-th of it; in pieces, unjoined."""
         if self._format is None:
             return event.head(seq), event.body, self._end
@@ -215,10 +215,10 @@ class SessionFiles:
 
     def _chunk(
         self, file: _File, events: Sequence[EncodedEvent]
-    ) -> tuple[list[bytes | memoryview], int, list[int]]:
+    ) -> tuple[list[Bytes], int, list[int]]:
         """Return what is written at once, its size, and where in the file each event will end."""
         layout = self._layout
-        pieces: list[bytes | memoryview] = []
+        pieces: list[Bytes] = []
         ends: list[int] = []
         size, before = 0, layout.separator if file.size else layout.opening
         for seq, event in enumerate(events, file.seq + 1):
@@ -247,9 +247,7 @@ class SessionFiles:
                 return file.size
         return None
 
-    def _write(
-        self, session_id: str | None, file: _File, pieces: list[bytes | memoryview], size: int
-    ) -> None:
+    def _write(self, session_id: str | None, file: _File, pieces: list[Bytes], size: int) -> None:
         start = file.size - len(self._layout.closing)
         if start < 0:
             start = 0

@@ -173,30 +173,39 @@ class JournalHandoff(MemoryHandoff):
         sync = sync or self._always_sync
         if self._depth:
             self._yield()
+        depth = -1
         try:
-            with self._lock:
+            try:
+                # Not by `with`, which costs twice as much; and in the `try`, as an exception that
+                # a signal raises may come right behind it.
+                self._lock.acquire()
                 # At each depth a ring of its own: what was interrupted finds its own as it left it.
                 depth = self._depth
-                try:
-                    self._depth = depth + 1
-                    if self._closed or self._queue.qsize() >= self._capacity:
-                        return False
-                    ring = self._rings[0]
-                    if depth or len(payload) > self._largest:
-                        try:
-                            ring = self._other_ring(payload, depth)
-                        except OSError:
-                            # Lost with its process then, as with `memory`; not before.
-                            self._queue.put((head, None, 0, 0, b"%b" % payload, 0, sync))
-                            raise
-                    place = ring.ring.append(payload)
-                    if place is None:
-                        return False
-                    begin, end, kept, skip = place
-                    # Flat, as each tuple inside would be one more for the garbage collector.
-                    self._queue.put((head, ring, begin, end, kept, skip, sync))
-                finally:
+                self._depth = depth + 1
+                if self._closed or self._queue.qsize() >= self._capacity:
+                    return False
+                ring = self._rings[0]
+                if depth or len(payload) > self._largest:
+                    try:
+                        ring = self._other_ring(payload, depth)
+                    except OSError:
+                        # Lost with its process then, as with `memory`; not before.
+                        self._queue.put((head, None, 0, 0, b"%b" % payload, 0, sync))
+                        raise
+                place = ring.ring.append(payload)
+                if place is None:
+                    return False
+                begin, end, kept, skip = place
+                # Flat, as each tuple inside would be one more for the garbage collector.
+                self._queue.put((head, ring, begin, end, kept, skip, sync))
+            finally:
+                if depth >= 0:
                     self._depth = depth
+                try:  # noqa: SIM105 - as above
+                    self._lock.release()
+                except RuntimeError:
+                    # An exception came while it was waited for.
+                    pass
             if sync:
                 ring.sync(end)
         except OSError as error:

@@ -15,7 +15,7 @@ import orjson
 
 from eventlog_handler._encode import encode
 from eventlog_handler._stamp import event_id
-from eventlog_handler.typing import EncodedEvent, EventHead
+from eventlog_handler.typing import Bytes, EncodedEvent, EventHead
 
 _DIGITS = b"0123456789"
 """The second byte of an array that begins with a number."""
@@ -44,7 +44,7 @@ def pack(head: EventHead, fields: Mapping[str, Any]) -> bytes:
     return pack_body(head, encode(fields))
 
 
-def pack_body(head: EventHead, body: bytes | memoryview) -> bytes:
+def pack_body(head: EventHead, body: Bytes) -> bytes:
     """Return an event as a payload, where its fields are encoded already."""
     try:
         return orjson.dumps(head, None, orjson.OPT_APPEND_NEWLINE) + body

@@ -29,6 +29,9 @@ EventHead = tuple[str | None, str, int, float]
 A plain tuple, as one of a class is dearer for callers.
 """
 
+Bytes = bytes | memoryview
+"""A large text is a view of what its caller encoded, and not cut out of it."""
+
 
 class EncodedEvent(NamedTuple):
     """An event as it leaves its caller: a snapshot that nothing can change any more."""
@@ -40,8 +43,8 @@ class EncodedEvent(NamedTuple):
     """Unique for ever, and the same at every redelivery."""
     seconds: float
     """Unix time of the call."""
-    body: bytes | memoryview
-    """The event's JSON object, UTF-8; a large one is a part of what the caller encoded."""
+    body: Bytes
+    """The event's JSON object, UTF-8."""
 
     @property
     def timestamp(self) -> str:

@@ -402,6 +402,40 @@ def test_a_call_that_is_broken_off_leaves_room(
     assert handoff.take(10, 0.0)[0] == [after]
 
 
+class BrokenOff:
+    """A lock at which Ctrl-C comes: while it is waited for, or right behind it."""
+
+    def __init__(self, lock: Any, behind: bool) -> None:
+        self._lock = lock
+        self._behind = behind
+
+    def acquire(self) -> None:
+        if self._behind:
+            self._lock.acquire()
+        raise KeyboardInterrupt
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_call_that_is_broken_off_at_the_lock_leaves_it_free(
+    make_handoff: MakeHandoff, own: Path, behind: bool
+) -> None:
+    """After Ctrl-C at the lock another thread logs as before, and only Ctrl-C is raised."""
+    handoff = make_handoff()
+    lock = handoff._lock
+    handoff._lock = BrokenOff(lock, behind)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        hand_off(handoff, event())
+    handoff._lock = lock
+    after = event()
+    thread = threading.Thread(target=hand_off, args=(handoff, after), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert on_disk(own) == [after]
+
+
 def test_what_was_broken_off_before_its_queue_is_reclaimed(
     make_handoff: MakeHandoff, own: Path
 ) -> None:
