@@ -70,6 +70,7 @@ PARTS = {
     "- snapshot and JSON": (f"{WRITING}gateway._intake.take(event)", ""),
     "- the file, open already": (f"{WRITING}files.append('chat-42', one, then)", ""),
     "- - the line, and where it ends": (f"{WRITING}files._chunk(file, one)", ""),
+    "- - - its head, with the text of the time": (f"{WRITING}one[0].head(number)", ""),
     "- - `write`": (f"{WRITING}files._write('chat-42', file, pieces, size)", ""),
     "- - `fstat`": (f"{WRITING}os.fstat(file.fd)", ""),
     f"- {ONE_FUNCTION}": (GATEWAYS[ONE_FUNCTION] + AWAIT, ""),
