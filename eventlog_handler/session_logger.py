@@ -13,13 +13,7 @@ from typing import Any
 from anyio import lowlevel, to_thread
 
 from eventlog_handler import _lifecycle
-from eventlog_handler._config import (
-    OPTION_NAMES,
-    Settings,
-    check_one_of,
-    remember_given,
-    resolve,
-)
+from eventlog_handler._config import InForce, Settings, check_one_of, remember_given, resolve
 from eventlog_handler._context import captures
 from eventlog_handler._delivery import Delivery, FileRegister
 from eventlog_handler._downstream import Callback
@@ -57,7 +51,7 @@ _FILE_OPTIONS = (
 )
 
 
-class EventSessionLogger:
+class EventSessionLogger(InForce):
     """Bridges agent events to session files and to what lies downstream.
 
     `await gateway(event)` works on asyncio and trio. The file is always first; then the callback
@@ -191,12 +185,6 @@ class EventSessionLogger:
         )
         weakref.finalize(self, files.close).atexit = False
         return files
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the value in force of the option `name`."""
-        if name in OPTION_NAMES:
-            return getattr(self._settings, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         """Name the base directory and nothing that could be secret."""

@@ -990,6 +990,14 @@ def test_options_can_be_read(make_gateway: Make, base: Path) -> None:
         gateway.x  # noqa: B018
 
 
+def test_options_in_force_cannot_be_assigned(make_gateway: Make) -> None:
+    """An assignment that would change nothing is an AttributeError."""
+    gateway = make_gateway()
+    with pytest.raises(AttributeError):
+        gateway.log_format = "json"
+    assert gateway.log_format == "jsonl"
+
+
 def test_the_repr_names_the_directory_only(make_gateway: Make, base: Path) -> None:
     """A repr holds no transport, which might hold a secret."""
     assert repr(make_gateway(downstream_transport=NullTransport())) == (
