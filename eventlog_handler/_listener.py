@@ -169,8 +169,10 @@ class Listener:
 
     def _linger(self) -> None:
         """Let events come, unless somebody waits for them."""
-        with contextlib.suppress(queue.Empty):
-            self._hurry.get(timeout=LINGER_SECONDS)
+        # An end that let them come would go on for as long as somebody logs.
+        if not self._ending:
+            with contextlib.suppress(queue.Empty):
+                self._hurry.get(timeout=LINGER_SECONDS)
 
     def hurry(self) -> None:
         """Have what waits taken now."""

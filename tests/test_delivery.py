@@ -813,6 +813,7 @@ def test_flush_of_a_session_waits_for_no_other(make_delivery: Callable[..., Writ
     delivery.write(1, session="good")
     assert delivery.flush("good", time.monotonic() + 30) == ()
     assert delivery.flush("bad", time.monotonic()) == ("recording",)
+    close(delivery, within_seconds=0)
 
 
 def test_refused_events_are_sent_again_on_demand(make_delivery: Callable[..., Writer]) -> None:

@@ -727,9 +727,11 @@ def test_a_flush_ends_the_pause(lingering: Make, base: Path) -> None:
 def test_a_close_ends_the_pause(lingering: Make, base: Path) -> None:
     """The end of a handler is not the end of its events."""
     handler = lingering(shutdown_timeout_seconds=30)
+    listener = handler._feed._listener
     handler.handle(record("second"))
     handler.close()
     assert messages(base) == ["first", "second"]
+    assert not listener._running
 
 
 def test_a_forgotten_handler_ends_the_pause(lingering: Make, base: Path) -> None:
