@@ -342,6 +342,9 @@ class Listener:
             self.start()
         reached.wait(max(0.0, deadline - time.monotonic()))
         while self._kept_of(session_id) and time.monotonic() < deadline:
+            if self._ending and not self._running:
+                # What is kept came later, and is on its way on the thread that has logged it.
+                break
             time.sleep(FULL_PAUSE_SECONDS)
         return self._kept_of(session_id) if reached.is_set() else max(1, self.depth)
 
@@ -383,15 +386,19 @@ class Listener:
             # It may be in the pause before its last try.
             thread.join(max(0.0, deadline - time.monotonic()) + RETRY_SECONDS)
         self.drain_here(deadline)
-        if self._running:
-            # Stuck in a write that does not return: its batch is its own.
+        if self._running or not self._consuming.acquire(timeout=RETRY_SECONDS):
+            # Stuck in a write that does not return, or a caller's thread writes what came later:
+            # its batch is its own.
             return
-        self._retire()
-        for events in list(self._kept.values()):
-            for _ in events:
-                # No line tells of these: it could not be written either.
-                self.gateway._report.drop("unwritable")
-        self._kept.clear()
+        try:
+            self._retire()
+            for events in list(self._kept.values()):
+                for _ in events:
+                    # No line tells of these: it could not be written either.
+                    self.gateway._report.drop("unwritable")
+            self._kept.clear()
+        finally:
+            self._consuming.release()
 
     @property
     def ending(self) -> bool:

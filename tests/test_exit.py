@@ -111,7 +111,8 @@ def test_logging_shutdown_by_hand(base: Path) -> None:
     assert messages(base) == ["0", "1", "0", "1"]
 
 
-def test_a_daemon_thread_that_logs_at_exit(base: Path) -> None:
+@pytest.mark.parametrize("pause", ["time.sleep(0.001)", "pass"])
+def test_a_daemon_thread_that_logs_at_exit(base: Path, pause: str) -> None:
     """What a daemon thread has logged when the main thread ends is written, and nothing hangs.
 
     That more comes than the listener can wait for costs no budget.
@@ -119,11 +120,11 @@ def test_a_daemon_thread_that_logs_at_exit(base: Path) -> None:
     begun = time.monotonic()
     done = run(
         base,
-        """
+        f"""
         ready = threading.Event()
         def forever():
             many(100); ready.set()
-            while True: log.info("more", extra={"session_id": "s2"}); time.sleep(0.001)
+            while True: log.info("more", extra={{"session_id": "s2"}}); {pause}
         threading.Thread(target=forever, daemon=True).start(); ready.wait()
         """,
     )

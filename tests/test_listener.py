@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -684,6 +685,40 @@ def test_what_is_written_is_let_go_of_where_the_thread_dies(make_handler: Make) 
     assert [each.session_id for each in listener._kept["b"]] == ["b"]
     assert len(listener._handoff._entries) == 1  # type: ignore[attr-defined]
     assert handler.flush()
+
+
+def test_an_end_leaves_alone_what_a_caller_is_writing(make_handler: Make, base: Path) -> None:
+    """What came after the end is its caller's, and another end does not count it as lost."""
+    handler = make_handler()
+    listener = handler._feed._listener
+    listener.end(time.monotonic() + 30)
+    gate = block_writes(handler)
+    caller = threading.Thread(target=handler.handle, args=(record("late"),), daemon=True)
+    caller.start()
+    wait_until(lambda: listener.kept == 1)
+    listener.end(time.monotonic())
+    gate.set()
+    caller.join(30)
+    assert messages(base) == ["late"]
+    assert handler.stats().dropped == {}
+
+
+def test_a_flush_after_the_end_tries_and_does_not_wait(make_handler: Make, base: Path) -> None:
+    """Nobody tries again by himself then, and what others are writing is not waited for."""
+    handler = make_handler(shutdown_timeout_seconds=0.1)
+    handler._feed._listener.end(time.monotonic() + 30)
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    handler.gateway._write_and_hand_over = full  # type: ignore[method-assign]
+    handler.handle(record("late"))
+    begun = time.monotonic()
+    assert not handler.flush(timeout=30)
+    assert time.monotonic() - begun < 25
+    del handler.gateway.__dict__["_write_and_hand_over"]
+    assert handler.flush(timeout=30)
+    assert messages(base) == ["late"]
 
 
 # The pause after a batch
