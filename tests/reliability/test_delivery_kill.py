@@ -73,6 +73,9 @@ def wait_until_all_is_sent(base: Path) -> None:
             (base / path).stat().st_size == position for path, position in rows
         ):
             return
+        # On a busy machine it may have been killed before it logged anything.
+        if rows is None and not any(base.glob("*/*.jsonl")):
+            return
         time.sleep(0.02)
     left = [(row, (base / row[0]).stat().st_size) for row in rows or ()]
     raise AssertionError(f"it is never all sent: {left}")
