@@ -343,7 +343,8 @@ class Listener:
         reached.wait(max(0.0, deadline - time.monotonic()))
         while self._kept_of(session_id) and time.monotonic() < deadline:
             if self._ending and not self._running:
-                # What is kept came later, and is on its way on the thread that has logged it.
+                # No thread tries again by itself then: it is being written by who has logged it,
+                # or could not be.
                 break
             time.sleep(FULL_PAUSE_SECONDS)
         return self._kept_of(session_id) if reached.is_set() else max(1, self.depth)
